@@ -1,0 +1,44 @@
+"""What a process needs to know of the others: its rank, how many there are, and their tensors.
+
+`rank` and `world` are global (over all machines). Everything works without a process group, where
+the answer is that of one process.
+"""
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def rank() -> int:
+    """The global index of this process, 0 ... world - 1."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def world() -> int:
+    """The number of processes over all machines."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+@torch.no_grad()
+def gather(tensor: Tensor) -> Tensor:
+    """The same-shaped `tensor` [B, ...] of every process, joined in rank order: [world * B, ...].
+
+    Carries no gradient. Rank order is the order in which the order plan cuts a step's images, so
+    the result equals what one process with the whole batch would hold.
+    """
+    if world() == 1:
+        return tensor.detach()
+    tensor = tensor.detach().contiguous()
+    joined = tensor.new_empty((world() * len(tensor), *tensor.shape[1:]))
+    dist.all_gather_into_tensor(joined, tensor)
+    return joined
+
+
+@torch.no_grad()
+def copy_from_first(tensors: Iterable[Tensor]) -> None:
+    """Overwrites the tensors of every process with those of rank 0."""
+    if world() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)

@@ -1,0 +1,195 @@
+"""What a run tells: metrics.jsonl, trackers, and a progress bar (or lines, where there is no terminal).
+
+Only the main process writes; on the others every call is free.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from fastssl import config
+from fastssl.config import Recipe
+
+
+class Journal:
+    """The log of one run folder."""
+
+    def __init__(
+        self, folder: Path, accelerator: Accelerator, recipe: Recipe, *, steps: int, start: int
+    ) -> None:
+        """Opens the log, cut back to `start` (a run that was killed had written further).
+
+        Args:
+            folder: the run folder.
+            accelerator: for the trackers it was given.
+            recipe: what the trackers are told of the run.
+            steps: of the whole run.
+            start: steps done before this start.
+        """
+        self._accelerator, self._steps = accelerator, steps
+        self._main = accelerator.is_main_process
+        self._console = Console(file=sys.stdout, soft_wrap=True, highlight=False, markup=False)
+        self._progress: Progress | None = None
+        self._task = TaskID(0)
+        accelerator.init_trackers(
+            "fastssl", {f"{s}.{k}": str(v) for s, keys in recipe.values.items() for k, v in keys.items()}
+        )
+        if not self._main:
+            return
+        path = folder / "metrics.jsonl"
+        _cut_back(path, start)
+        self._file = path.open("a", encoding="utf-8")
+        if self._console.is_terminal:
+            self._progress = Progress(
+                TextColumn(recipe.name),
+                BarColumn(),
+                TextColumn("{task.completed}/{task.total}"),
+                TextColumn("{task.fields[state]}"),
+                TimeRemainingColumn(),
+                console=self._console,
+            )
+            self._task = self._progress.add_task(recipe.name, total=steps, completed=start, state="")
+            self._progress.start()
+
+    def step(self, step: int) -> None:
+        """Moves the bar; cheap, for every step."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step)
+
+    def log(self, step: int, values: Mapping[str, float | int | str]) -> None:
+        """One line of metrics.jsonl, one point for the trackers, and the state of the bar."""
+        if not self._main:
+            return
+        self._write({"step": step, **values})
+        self._accelerator.log(dict(values), step=step)
+        state = _state(values)
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step, state=state)
+        else:
+            self._console.print(f"step {step}/{self._steps}  {state}")
+
+    def probe(self, step: int, name: str, values: Mapping[str, float | int]) -> None:
+        """A probe's line: `accuracy` and whatever else belongs to it."""
+        if not self._main:
+            return
+        self._write({"step": step, "probe": name, **values})
+        self._accelerator.log({f"{name}/{key}": v for key, v in values.items()}, step=step)
+
+    def say(self, text: str) -> None:
+        """A line for the reader, above the bar."""
+        if self._main:
+            self._console.print(text)
+
+    def close(self) -> None:
+        """Ends the bar and closes the file."""
+        if not self._main:
+            return
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+        self._file.close()
+
+    def _write(self, line: Mapping[str, object]) -> None:
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+
+def write_start(
+    folder: Path, recipe: Recipe, accelerator: Accelerator, resumed: Path | None
+) -> None:
+    """Writes recipe.yaml, and adds this start to environment.json: who trains here, on what."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.yaml").write_text(config.dump(recipe), encoding="utf-8")
+    path = folder / "environment.json"
+    starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    device = accelerator.device
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    packages = ("torch", "torchvision", "accelerate", "nvidia-dali-cuda120", "numpy")
+    starts.append(
+        {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "command": sys.argv,
+            "resumed": None if resumed is None else str(resumed),
+            "host": platform.node(),
+            "platform": platform.platform(),
+            "device": gpu or platform.processor() or "cpu",
+            "processes": accelerator.num_processes,
+            "python": platform.python_version(),
+            "versions": {name: _version(name) for name in packages},
+            **_commit(Path(__file__).resolve().parent),
+        }
+    )
+    path.write_text(json.dumps(starts, indent=1), encoding="utf-8")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit(folder: Path) -> dict[str, str | None]:
+    """The checkout's commit and what differs from it; nothing where there is no git or no checkout."""
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=20
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout if done.returncode == 0 else None
+
+    commit = git("rev-parse", "HEAD")
+    return {"commit": commit and commit.strip(), "diff": commit and git("diff", "HEAD")}
+
+
+def read(folder: Path) -> list[dict]:
+    """The lines of a run folder's metrics.jsonl; a torn last line (kill -9) is left out."""
+    path = folder / "metrics.jsonl"
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def _cut_back(path: Path, start: int) -> None:
+    if not path.exists():
+        return
+    kept = [line for line in read(path.parent) if line["step"] <= start]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _state(values: Mapping[str, float | int | str]) -> str:
+    """loss 9.21  lr 0.03  412 images/s  data-wait 3 %  ..."""
+    parts = []
+    for key, value in values.items():
+        match key:
+            case "epoch":
+                parts.append(f"epoch {value}")
+            case "images_per_second":
+                parts.append(f"{value:,.0f} images/s")
+            case "patches_per_second":
+                pass
+            case "data_wait":
+                parts.append(f"data-wait {100 * float(value):.0f} %")
+            case _:
+                parts.append(f"{key} {value:.4g}")
+    return "  ".join(parts)

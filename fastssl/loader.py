@@ -1,0 +1,292 @@
+"""One process's batches, from encoded images to channels-last torch tensors: the seam between DALI
+and torch.
+
+A `Loader` is endless and counts steps. What it gives at a step is a function of the file list, the
+order plan, the seed and the files that turned out undecodable on the way: `state()` and `resume()`
+continue it bit for bit, random augmentations included. It is never given to `Accelerator.prepare`,
+which would pass it through without a word (it knows torch DataLoaders only).
+"""
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from nvidia.dali.pipeline import Pipeline
+from torch import Tensor
+
+# Batches between two in-memory DALI checkpoints: what is run again when a file can't be decoded.
+REPLAY = 64
+
+
+class DataError(ValueError):
+    """The images can't be read any more; the message is all that the user needs."""
+
+
+class Loader:
+    """Endless batches of one process.
+
+    Attributes:
+        step: batches given so far.
+        skipped: rows that failed to decode, with the file and the reason, in the order found.
+    """
+
+    def __init__(
+        self,
+        reader: ModuleType,
+        samples: Any,
+        graph: ModuleType,
+        options: Any,
+        rows: Callable[[int], np.ndarray],
+        *,
+        batch: int,
+        seed: int,
+        device: torch.device,
+        threads: int,
+        prefetch: int = 2,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        """Nothing is read before the first batch.
+
+        Args:
+            reader: the module of `samples` (pipelines/readers/*).
+            samples: the listing.
+            graph: a graph file (pipelines/*).
+            options: the graph's.
+            rows: the order plan: the listing's rows of a step, int64 [batch].
+            batch: images a step of this process.
+            seed: of the augmentations; must differ between processes.
+            device: where tensors are wanted; a CUDA device runs the graph on it.
+            threads: for decoding and the CPU part of the graph.
+            prefetch: batches made ahead.
+            say: told about files that can't be decoded.
+        """
+        self.step = 0
+        self.skipped: dict[int, str] = {}
+        self._reader, self._samples, self._rows = reader, samples, rows
+        self._graph, self._options = graph, options
+        self._batch, self._seed, self._device = batch, seed, device
+        self._threads, self._prefetch, self._say = threads, prefetch, say
+        self._pipeline: Pipeline | None = None
+        self._names: list[str] = []
+        self._saved: tuple[int, bytes | None] = (0, None)  # a step and DALI's state after it
+        self._wait = _Wait(device)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        """Itself: the position is kept."""
+        return self
+
+    def __next__(self) -> dict[str, Tensor]:
+        """The next batch by output name.
+
+        Images are uint8 [B, 3, H, W] and patches uint8 [B, F, 3, h, w], both views of HWC memory;
+        labels int64 [B, ...]; an index int64 [B].
+
+        Raises:
+            DataError: none of a batch's files can be read.
+        """
+        with self._wait:
+            while True:
+                try:
+                    outputs = self._running().run(self._stream())
+                    break
+                except RuntimeError as error:
+                    self._skip_undecodable(error)
+            tensors = {
+                name: _tensor(output) for name, output in zip(self._names, outputs, strict=True)
+            }
+        self.step += 1
+        if self.step - self._saved[0] >= REPLAY:
+            self._saved = (self.step, self._running().checkpoint())
+        return tensors
+
+    def data_wait(self) -> float:
+        """Seconds that the training device waited for data since this was last asked.
+
+        On a GPU, the time between the end of the work before a batch and the moment the batch was
+        ready, by CUDA events that are read long after they passed: nothing stalls.
+        """
+        return self._wait.seconds()
+
+    def state(self) -> dict[str, Any]:
+        """All that `resume` needs, as plain types and tensors."""
+        saved = self._saved
+        if self._pipeline is not None and self.step != saved[0]:
+            saved = (self.step, self._pipeline.checkpoint())
+        dali = b"" if saved[1] is None else saved[1]
+        return {
+            "step": self.step,
+            "dali": torch.frombuffer(bytearray(dali), dtype=torch.uint8) if dali else None,
+            "skipped": dict(self.skipped),
+        }
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Goes on as the loader that gave `state`, which must have had the same arguments."""
+        self.step = state["step"]
+        self.skipped = dict(state["skipped"])
+        dali = state["dali"]
+        self._saved = (self.step, None if dali is None else dali.numpy().tobytes())
+        self._pipeline = None
+
+    def _running(self) -> Pipeline:
+        """The pipeline, standing behind batch number `step`."""
+        if self._pipeline is None:
+            step, dali = self._saved
+            self._names, self._pipeline = self._build(self._rows_or_others, self._batch, dali)
+            for _ in range(self.step - step):  # given before, at most REPLAY batches
+                self._pipeline.run()
+        return self._pipeline
+
+    def _build(
+        self, rows: Callable[[int], np.ndarray], batch: int, dali: bytes | None
+    ) -> tuple[list[str], Pipeline]:
+        pipeline = Pipeline(
+            batch_size=batch,
+            num_threads=self._threads,
+            device_id=_dali_device(self._device),  # pyright: ignore[reportArgumentType]  None: no GPU
+            seed=self._seed,
+            prefetch_queue_depth=self._prefetch,
+            enable_checkpointing=True,
+            checkpoint=dali,
+        )
+        backend = "cpu" if self._device.type == "cpu" else "gpu"
+        with pipeline:
+            encoded, index = self._reader.source(self._samples, rows)
+            outputs = self._graph.graph(encoded, index, self._options, backend)
+            # Labels travel with the pixels: a copy from here would be one more wait for the GPU.
+            here = [node.gpu() if backend == "gpu" else node for node in outputs.values()]
+            pipeline.set_outputs(*here)
+        pipeline.build()
+        return list(outputs), pipeline
+
+    def _stream(self) -> "torch.cuda.Stream | None":
+        """DALI orders its outputs on this stream without the host waiting for them."""
+        return torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+
+    def _rows_or_others(self, step: int) -> np.ndarray:
+        """The plan's rows of a step; in place of an undecodable one the next usable in the listing."""
+        rows = self._rows(step)
+        if not self.skipped:
+            return rows
+        return np.array([self._in_place_of(int(row)) for row in rows], np.int64)
+
+    def _in_place_of(self, row: int) -> int:
+        usable = self._samples.usable
+        position = int(np.searchsorted(usable, row))
+        for step in range(len(usable)):
+            other = int(usable[(position + step) % len(usable)])
+            if other not in self.skipped:
+                return other
+        raise DataError(f"{self._samples.root}: not one of {len(usable)} images can be decoded")
+
+    def _skip_undecodable(self, error: RuntimeError) -> None:
+        """Finds the files at fault, puts them on the skip list and lets the pipeline be built anew.
+
+        DALI says for only some failures which file it was, and a pipeline that failed is dead: each
+        file of the batches in flight is tried on its own through the same graph.
+        """
+        self._pipeline = None
+        in_flight = range(self.step, self.step + self._prefetch + 1)
+        rows = list(dict.fromkeys(int(r) for s in in_flight for r in self._rows_or_others(s)))
+        found = {row: reason for row in rows if (reason := self._failure(row)) is not None}
+        if not found:
+            raise error  # not a file's fault: a defect of the graph, or the device's memory
+        if len(found) == len(rows):
+            path = self._samples.path(rows[0])
+            raise DataError(
+                f"{path}: can't be decoded ({found[rows[0]]}), and neither can any of the "
+                f"{len(rows)} files around it: is {self._samples.root} still there and readable?"
+            ) from error
+        for row, reason in found.items():
+            path = self._samples.path(row)
+            self.skipped[row] = f"{path}: {reason}"
+            self._say(f"data: skipping {path} from now on: can't be decoded ({reason})")
+
+    def _failure(self, row: int) -> str | None:
+        """Why the graph can't be run on one row, in a line; None when it can."""
+        try:
+            _, pipeline = self._build(lambda _: np.array([row], np.int64), 1, None)
+            pipeline.run()
+        except RuntimeError as error:
+            return _reason(str(error))
+        return None
+
+
+def output_names(reader: ModuleType, samples: Any, graph: ModuleType, options: Any) -> list[str]:
+    """The names that a graph puts out, without reading a file or touching a device."""
+    pipeline = Pipeline(batch_size=1, num_threads=1, device_id=None)  # pyright: ignore[reportArgumentType]  None: no GPU
+    with pipeline:
+        encoded, index = reader.source(samples, lambda step: np.zeros(1, np.int64))
+        return list(graph.graph(encoded, index, options, "cpu"))
+
+
+def threads_per_process(processes_here: int) -> int:
+    """The cores that this process may use, divided by the processes on this machine, at least 1.
+
+    Counts the CPU affinity and the quota of the control group (v2), which a container has.
+    """
+    cores = float(len(os.sched_getaffinity(0)))
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    if quota.is_file():
+        limit, period = quota.read_text().split()
+        if limit != "max":
+            cores = min(cores, int(limit) / int(period))
+    return max(1, int(cores) // max(1, processes_here))
+
+
+class _Wait:
+    """Adds up the time spent waiting for batches."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._device = device
+        self._seconds = 0.0
+        self._began = 0.0
+        self._events: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+
+    def __enter__(self) -> None:
+        if self._cuda:
+            self._before = torch.cuda.Event(enable_timing=True)
+            self._before.record(torch.cuda.current_stream(self._device))
+        self._began = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        if self._cuda:
+            after = torch.cuda.Event(enable_timing=True)
+            after.record(torch.cuda.current_stream(self._device))
+            self._events.append((self._before, after))
+        else:
+            self._seconds += time.perf_counter() - self._began
+
+    def seconds(self) -> float:
+        while self._events and self._events[0][1].query():  # the rest counts next time
+            before, after = self._events.popleft()
+            self._seconds += before.elapsed_time(after) / 1000
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+
+def _dali_device(device: torch.device) -> int | None:
+    if device.type == "cpu":
+        return None
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def _tensor(output: Any) -> Tensor:
+    """A DALI batch as a torch tensor over the same memory; ...HWC becomes ...CHW by view."""
+    tensor = torch.from_dlpack(output.as_tensor())
+    if output.layout().endswith("HWC"):
+        return tensor.movedim(-1, -3)
+    return tensor.squeeze(1) if tensor.ndim == 2 and tensor.shape[1] == 1 else tensor
+
+
+def _reason(message: str) -> str:
+    """The telling line of a DALI error: they come with a header and a stack."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    telling = [x for x in lines if "ail" in x and "Critical error" not in x and "thread" not in x]
+    return (telling or lines or ["no reason given"])[0][:200]

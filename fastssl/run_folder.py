@@ -1,0 +1,244 @@
+"""Which run folder may be written into, and where a run in it goes on. Nothing is overwritten.
+
+A run folder is fresh, interrupted or finished (it holds backbone.json). An interrupted run goes on
+with the same recipe; everything else is refused with what was found and the ways out. `lock` keeps
+a second run out of the folder, `open_run` decides, and `compare_fingerprint` checks what a recipe
+does not say.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+from fastssl import checkpoint
+from fastssl.config import FREE_ON_RESUME, RecipeError, differences
+
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # Lustre mounted without flock, some NFS
+
+
+def open_run(out: Path, resume: str, values: dict[str, dict[str, Any]]) -> Path | None:
+    """The checkpoint that a run in `out` goes on from; None for a run from its first step.
+
+    Reads only.
+
+    Args:
+        out: the run folder; may be absent.
+        resume: `auto`: on where the same recipe was interrupted in `out`, else from the start.
+            `never`: from the start, in a fresh folder. Else the path of a run folder (its last
+            checkpoint) or of a checkpoint in one, to go on from in a fresh folder or, for its last
+            one, in its own.
+        values: this recipe's, as `config.Recipe.values`.
+
+    Raises:
+        RecipeError: `out` holds a finished run, another recipe or files of something else; `resume`
+            names no checkpoint or one of another recipe.
+    """
+    refuse_unwritable(out)
+    if resume == "never" and not _is_fresh(out):
+        raise RecipeError(
+            f"{out} is not empty and train.resume is 'never': name another folder"
+            " (train.out=...), delete this one, or go on with its run (train.resume=auto)"
+        )
+    given = None if resume in ("auto", "never") else _given(Path(resume), values)
+    if _is_fresh(out):
+        return given
+    recipe = _recipe(out)
+    _refuse_other_recipe(out, recipe, values)
+    newest = checkpoint.latest(out / "checkpoints")
+    # A run that was begun from a checkpoint elsewhere and stopped before its first own goes on
+    # from there again; from its first step it would be another run.
+    begun_from = str(recipe["train"]["resume"])
+    if given is None:
+        elsewhere = begun_from not in ("auto", "never") and newest is None
+        return _given(Path(begun_from), values) if elsewhere else newest
+    if given.parent.resolve() == (out / "checkpoints").resolve():
+        if newest is not None and given.resolve() != newest.resolve():
+            raise RecipeError(
+                f"train.resume ({resume}) is not the last checkpoint of {out}, {newest.name}: to go"
+                " on from it name another folder (train.out=...), or delete those after it"
+            )
+        return given
+    if Path(begun_from).resolve() != Path(resume).resolve():
+        raise RecipeError(
+            f"{out} holds another run, which was begun with train.resume={begun_from}: to go on"
+            f" from {resume} name another folder (train.out=...), to go on with the run in {out}"
+            " give train.resume=auto"
+        )
+    return newest or given
+
+
+def lock(out: Path, *, wait: float = 20.0, say: Callable[[str], None] = print) -> IO[str]:
+    """Take `out`, made if it is not there, for this run; the lock lasts until the file is closed.
+
+    It ends with the process, however that ends: there are no stale locks. Only the main process
+    calls this. Writes `.lock` into a folder that is fresh or an interrupted run, into no other.
+
+    Args:
+        out: the run folder.
+        wait: seconds to wait for a run in `out` that is just ending.
+        say: told once if there is one.
+
+    Raises:
+        RecipeError: another run is using `out`; or it may not be written into, or cannot.
+    """
+    refuse_unwritable(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = (out / ".lock").open("a+", encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(
+            f"train.out ({out}) cannot be written: {error.strerror}; name another folder"
+        ) from error
+    deadline = time.monotonic() + wait
+    waited = False
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if not waited:
+                say(f"{out} is in use by {_holder(file)}; waiting up to {wait:g} s for its end")
+                waited = True
+            if time.monotonic() >= deadline:
+                holder = _holder(file)
+                file.close()
+                raise RecipeError(
+                    f"{out} is in use by {holder}: wait for its end, stop it, or name another"
+                    " folder (train.out=...)"
+                ) from None
+            time.sleep(min(0.2, wait))
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                file.close()
+                raise
+            say(f"{out} is on a file system without locks: see that no second run uses it")
+            break
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    return file
+
+
+def refuse_unwritable(out: Path) -> None:
+    """Check that `out` is a fresh folder or holds an interrupted run.
+
+    Raises:
+        RecipeError: it holds a finished run or files of something else, or is a file.
+    """
+    try:
+        if out.exists() and not out.is_dir():
+            raise RecipeError(f"train.out ({out}) is a file: name a folder")
+        if _is_fresh(out):
+            return
+    except OSError as error:
+        reason = f"cannot be read: {error.strerror}; name another folder"
+        raise RecipeError(f"train.out ({out}) {reason}") from error
+    if (out / "backbone.json").exists():
+        raise RecipeError(
+            f"{out} holds a finished run ({_finished_at(out)}): to train anew name another folder"
+            f" (train.out=...), to go on from it give train.resume={out} and another train.out"
+        )
+    if not (out / "recipe.yaml").exists():
+        some = sorted(path.name for path in out.iterdir() if not _is_ours(path))[0]
+        raise RecipeError(
+            f"{out} is no run folder: it holds {some} and no recipe.yaml; name a new or an empty"
+            " folder (train.out=...)"
+        )
+
+
+def compare_fingerprint(saved: dict[str, Any], here: dict[str, Any]) -> None:
+    """Check that a run goes on with the very data and batches that it was started with.
+
+    Args:
+        saved: name of a thing that must not change -> its value, when the checkpoint was written.
+        here: the same for this start.
+
+    Raises:
+        RecipeError: names each that differs, with both values.
+    """
+    unlike = [
+        f"  {name}: {saved.get(name, 'missing')} there, {here.get(name, 'missing')} here"
+        for name in dict.fromkeys([*saved, *here])
+        if name not in saved or name not in here or saved[name] != here[name]
+    ]
+    if unlike:
+        raise RecipeError(
+            "the checkpoint cannot be gone on from, since this start differs:\n"
+            + "\n".join(unlike)
+            + "\nmake them equal again, or start anew in another folder (train.out=...)"
+        )
+
+
+def _is_fresh(out: Path) -> bool:
+    return not out.exists() or all(_is_ours(path) for path in out.iterdir())
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether `path` is what a run leaves that was killed before it wrote anything."""
+    return path.name == ".lock" or (path.name.startswith(".") and path.suffix == ".tmp")
+
+
+def _given(resume: Path, values: dict[str, dict[str, Any]]) -> Path:
+    """The checkpoint that `train.resume` names by its own path or its run folder's."""
+    if not resume.exists():
+        raise RecipeError(
+            f"train.resume ({resume}) does not exist: give auto, never, a run folder or a"
+            " checkpoint in one"
+        )
+    run = resume if resume.is_dir() else resume.absolute().parents[1]
+    path = checkpoint.latest(run / "checkpoints") if resume.is_dir() else resume
+    if path is None:
+        raise RecipeError(f"train.resume ({resume}) has no checkpoint in {run / 'checkpoints'}")
+    if not (run / "recipe.yaml").exists():
+        raise RecipeError(
+            f"train.resume ({resume}) is in no run folder: {run / 'recipe.yaml'} is not there"
+        )
+    _refuse_other_recipe(run, _recipe(run), values)
+    return path
+
+
+def _recipe(run: Path) -> dict[str, dict[str, Any]]:
+    """The `values` of the recipe that was run in `run`."""
+    path = run / "recipe.yaml"
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        values = None
+    if not isinstance(values, dict) or not isinstance(values.get("train"), dict):
+        raise RecipeError(
+            f"{path} is not the recipe of a run: name another folder (train.out=...), or delete"
+            f" {run} if it holds nothing of use"
+        )
+    return values
+
+
+def _refuse_other_recipe(
+    run: Path, recipe: dict[str, dict[str, Any]], values: dict[str, dict[str, Any]]
+) -> None:
+    unlike = differences(recipe, values, FREE_ON_RESUME)
+    if unlike:
+        lines = "\n".join(f"  {line}" for line in unlike)
+        raise RecipeError(
+            f"{run} holds a run of another recipe:\n{lines}\n"
+            "to train anew name another folder (train.out=...), to go on make these keys equal"
+        )
+
+
+def _finished_at(out: Path) -> str:
+    try:
+        return f"step {json.loads((out / 'backbone.json').read_text(encoding='utf-8'))['step']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "with an unreadable backbone.json"
+
+
+def _holder(file: IO[str]) -> str:
+    file.seek(0)
+    return file.read() or "another process"

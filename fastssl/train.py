@@ -1,0 +1,502 @@
+"""Trains a backbone on unlabelled images: recipe -> data -> model -> optimizer -> resume -> loop.
+
+    accelerate launch fastssl/train.py recipes/pirl_jigsaw.yaml [section.key=value ...]
+
+Exit codes: 0 done, 1 failed, 2 a mistake in the recipe or its input, 75 stopped by a signal after a
+checkpoint (the same command goes on).
+"""
+
+import contextlib
+import ctypes
+import fcntl
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as a script: let imports start at the checkout, not inside fastssl/
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from torch import Tensor
+
+from fastssl import (
+    checkpoint,
+    config,
+    demo,
+    distributed,
+    export,
+    journal,
+    optim,
+    order,
+    probe,
+    run_folder,
+)
+from fastssl.config import Recipe
+from fastssl.loader import DataError, Loader, output_names, threads_per_process
+
+STOPPED = 75  # EX_TEMPFAIL: try again
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the recipe named by the command line; returns the exit code."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0 if arguments else 2
+    try:
+        return train(config.load(arguments[0], arguments[1:]))
+    except (ValueError, checkpoint.CheckpointError, Diverged) as error:
+        # Every process meets the same mistake; the first one tells it.
+        if _environment("RANK", 0) == 0 or isinstance(error, DataError):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2 if isinstance(error, ValueError) else 1
+    except KeyboardInterrupt:
+        print("interrupted before the first step: nothing to save", file=sys.stderr)
+        return 130
+
+
+def train(recipe: Recipe) -> int:
+    """One start of a run: fresh, or on from a checkpoint, to its end or to a signal.
+
+    Raises:
+        ValueError: a mistake in the recipe, its input or the run folder, found before a device is
+            touched; or images that can't be read any more.
+        Diverged: the loss is not a number.
+        checkpoint.CheckpointError: the last checkpoint could not be written.
+    """
+    # ---- What is to be done: nothing below has touched a device, nothing is written yet -----------
+    options, out = recipe.train, Path(recipe.train.out or Path("runs") / recipe.name)
+    rank, world = _environment("RANK", 0), _environment("WORLD_SIZE", 1)
+    say = _say if rank == 0 else _silent
+    say_here = _say if _environment("LOCAL_RANK", 0) == 0 else _silent  # once a machine
+    if options.batch % (world * options.accumulate):
+        raise config.RecipeError(
+            f"train.batch ({options.batch}) must be a multiple of processes ({world}) x "
+            f"train.accumulate ({options.accumulate})"
+        )
+    batch = options.batch // world  # images of this process in an optimizer step
+    if recipe.demo:
+        say("data.root is not given: the built-in images and the recipe's demo section are used")
+        demo.render(say=say_here)
+    with _one_at_a_time(demo.cache()):  # the first process scans, the others find it in the cache
+        samples = recipe.data.module.list_samples(
+            recipe.data.options, cache=demo.cache(), say=say_here
+        )
+    usable = samples.usable
+    if len(usable) < options.batch:
+        raise config.RecipeError(
+            f"{samples.root}: {len(usable)} images are fewer than one batch: give train.batch at "
+            f"most {len(usable)} (it is {options.batch}) or more images"
+        )
+    small = (samples.height > 0) & (samples.height < recipe.pipeline.options.largest_crop)
+    if small.any():
+        say(
+            f"data: {small.sum():,} of {len(samples):,} images are less than "
+            f"{recipe.pipeline.options.largest_crop} pixels high and will be enlarged"
+        )
+    names = output_names(
+        recipe.data.module, samples, recipe.pipeline.module, recipe.pipeline.options
+    )
+    config.check_outputs(recipe.objective, names, recipe.pipeline)
+    steps_per_epoch = order.steps_per_epoch(len(usable), world, batch)
+    planned = options.epochs * steps_per_epoch
+    steps = min(planned, options.steps or planned)
+    fingerprint = {
+        "file list": samples.fingerprint,
+        "usable images": len(usable),
+        "processes": world,
+        "train.batch": options.batch,
+        "train.accumulate": options.accumulate,
+    }
+    start, lock = None, None
+    if rank == 0:
+        lock = run_folder.lock(out)  # held until the process ends
+        start = run_folder.open_run(out, options.resume, recipe.values)
+
+    # ---- Devices and processes --------------------------------------------------------------------
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available() or None,
+        mixed_precision=_precision(options.precision),
+        log_with=list(options.trackers) or None,
+        project_dir=out,
+        # Buffers are each process's own: batch norm's are copied from rank 0 before a probe, and a
+        # memory bank of a million rows must not travel at every step.
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+        ],
+    )
+    device = accelerator.device
+    assert (distributed.rank(), distributed.world()) == (rank, world), "launcher and group disagree"
+    # Signals and states are agreed on over the CPU, so that no step waits for a GPU.
+    control = dist.new_group(backend="gloo") if world > 1 else None
+    start = _from_first(start, control)
+    saved = checkpoint.load(start) if start is not None else None
+    if saved is not None:
+        run_folder.compare_fingerprint(saved["fingerprint"], fingerprint)
+    if rank == 0:
+        journal.write_start(out, recipe, accelerator, start)
+
+    # ---- Data -------------------------------------------------------------------------------------
+    threads = options.threads or threads_per_process(_environment("LOCAL_WORLD_SIZE", 1))
+    micro = batch // options.accumulate
+
+    def rows_of_step(step: int, rank: int, world: int, batch: int) -> np.ndarray:
+        """The listing's rows that a process sees in optimizer step `step` (from 0)."""
+        epoch, step = divmod(step, steps_per_epoch)
+        return usable[order.shuffled(len(usable), options.seed, epoch, rank, world, batch)[step]]
+
+    def rows(position: int) -> np.ndarray:
+        """The rows of this process's micro-batch number `position`."""
+        step, part = divmod(position, options.accumulate)
+        return rows_of_step(step, rank, world, batch)[part * micro : (part + 1) * micro]
+
+    loader = Loader(
+        recipe.data.module,
+        samples,
+        recipe.pipeline.module,
+        recipe.pipeline.options,
+        rows,
+        batch=micro,
+        # Differs between processes, or all would crop alike; global rank, or all machines would.
+        seed=_stream(options.seed, rank),
+        device=device,
+        threads=threads,
+        prefetch=options.prefetch,
+        say=_say,
+    )
+
+    # ---- Model and optimizer ----------------------------------------------------------------------
+    set_seed(options.seed)  # the same weights on every process
+    torch.backends.cudnn.benchmark = True
+    torch.set_float32_matmul_precision("high")
+    backbone = recipe.backbone.module.backbone(recipe.backbone.options)
+    objective = recipe.objective.module.Objective(
+        backbone,
+        recipe.objective.options,
+        images=len(samples),
+        classes=len(samples.classes),
+        seed=options.seed,
+    )
+    objective = objective.to(device=device, memory_format=torch.channels_last)
+    if options.sync_batchnorm and world > 1 and device.type == "cuda":
+        objective = torch.nn.SyncBatchNorm.convert_sync_batchnorm(objective)
+    if options.compile:
+        objective.backbone.compile()
+    optimizer = optim.optimizer(recipe.optim, objective)
+    model, optimizer = accelerator.prepare(objective, optimizer)
+    model.train()
+    set_seed(_stream(options.seed, rank))  # dropout and the like differ between processes
+
+    # ---- On from where it stopped -----------------------------------------------------------------
+    step = 0
+    if saved is not None:
+        objective.load_state_dict(saved["objective"])
+        optimizer.load_state_dict(saved["optimizer"])
+        if accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(saved["scaler"])
+        loader.resume(saved["ranks"][rank]["loader"])
+        checkpoint.set_rng_state(saved["ranks"][rank]["rng"])
+        step = saved["step"]
+        del saved
+
+    def save() -> Path:
+        """Everything, as of `step`."""
+        here = {"loader": loader.state(), "rng": checkpoint.rng_state()}
+        ranks = _all_to_first(here, control)
+        if rank != 0:
+            return out
+        state = {
+            "step": step,
+            "recipe": recipe.values,
+            "fingerprint": fingerprint,
+            "objective": objective.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "scaler": None if accelerator.scaler is None else accelerator.scaler.state_dict(),
+            "ranks": ranks,
+        }
+        return checkpoint.save(out / "checkpoints", step, state, options.keep)
+
+    # ---- Probe ------------------------------------------------------------------------------------
+    log = journal.Journal(out, accelerator, recipe, steps=steps, start=step)
+    folder = probe.folder_of(recipe.probe, recipe.data.options)
+    knn = None
+    if folder is None:
+        log.say("probe: none (no class folder with train and val is known: probe.root names one)")
+    else:
+        with _one_at_a_time(demo.cache()):
+            knn = probe.Knn(
+                folder,
+                recipe.probe,
+                reader=recipe.data.module,
+                data=recipe.data.options,
+                graph=recipe.evaluation.module,
+                evaluation=recipe.evaluation.options,
+                cache=demo.cache(),
+                threads=threads,
+                say=_silent,
+            )
+
+    def measure() -> None:
+        """The kNN accuracy of the backbone as it is, into the journal."""
+        if knn is None:
+            return
+        accuracies = knn.accuracies(objective.backbone, accelerator)
+        (k, accuracy), *others = accuracies.items()
+        line = {"accuracy": accuracy, "neighbours": k}
+        log.probe(step, "knn", line | {f"accuracy_k{k}": value for k, value in others})
+        log.say(f"step {step}: kNN accuracy (k = {k}) {accuracy:.1%}")
+
+    # ---- Train loop -------------------------------------------------------------------------------
+    log.say(
+        optim.summary(
+            recipe.optim,
+            batch=options.batch,
+            world=world,
+            accumulate=options.accumulate,
+            images=len(usable),
+            steps_per_epoch=steps_per_epoch,
+            steps=planned,
+        )
+    )
+    log.say(f"{device}, {accelerator.mixed_precision}, {threads} loader threads a process, run {out}")
+    if start is not None:
+        log.say(f"going on from {start} (step {step})")
+    if step == 0:
+        measure()
+    recent: list[tuple[Tensor, dict[str, Tensor]]] = []  # loss and metrics since the last line
+    began = time.perf_counter()
+    with _signals() as stop:
+        while step < steps and not stop.agreed(control):
+            lr = optim.learning_rate(
+                recipe.optim,
+                step,
+                steps=planned,
+                steps_per_epoch=steps_per_epoch,
+                batch=options.batch,
+            )
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.zero_grad()
+            for part in range(options.accumulate):
+                tensors = next(loader)
+                # Gradients are exchanged once a step, with its last part.
+                last = part == options.accumulate - 1
+                with contextlib.nullcontext() if last else accelerator.no_sync(model):
+                    loss, metrics = model(**tensors)
+                    accelerator.backward(loss / options.accumulate)
+                recent.append((loss.detach(), metrics))
+            if options.clip is not None:
+                accelerator.clip_grad_norm_(model.parameters(), options.clip)
+            optimizer.step()
+            objective.finish_step()
+            step += 1
+            log.step(step)
+
+            at_end = step == steps
+            to_save = step % options.checkpoint_steps == 0 and not at_end
+            to_probe = _due(step, steps_per_epoch, recipe.probe.every_epochs) and not at_end
+            if not (to_save or to_probe or at_end or step % options.log_steps == 0):
+                continue
+            # From here on the host waits for the GPU, on steps that log only.
+            losses = distributed.gather(torch.stack([loss for loss, _ in recent])[None])
+            losses = losses.mean(dim=0).tolist()  # over processes; one a micro-batch
+            seconds = time.perf_counter() - began
+            finite = [math.isfinite(loss) for loss in losses]
+            if not all(finite):
+                at = step - (len(losses) - finite.index(False) - 1) // options.accumulate - 1
+                whole = rows_of_step(at, 0, 1, options.batch)  # of all processes
+                raise Diverged(at, losses[finite.index(False)], whole, samples.path)
+            rate = options.batch * len(recent) / options.accumulate / seconds
+            line = {
+                "epoch": (step - 1) // steps_per_epoch,
+                "loss": sum(losses) / len(losses),
+                "lr": lr,
+                "images_per_second": rate,
+                "patches_per_second": rate * sum(t.shape[1] for t in tensors.values() if t.ndim == 5),
+                "data_wait": min(1.0, loader.data_wait() / seconds),
+                **_means([metrics for _, metrics in recent]),
+            }
+            log.log(step, line)
+            if to_save:
+                try:
+                    save()
+                except checkpoint.CheckpointError as error:  # the next one may find room again
+                    log.say(f"warning: {error}")
+            if to_probe:
+                measure()
+            recent.clear()
+            began = time.perf_counter()  # checkpoints and probes are no training time
+            loader.data_wait()
+
+    # ---- Stopped, or done -------------------------------------------------------------------------
+    written = save()
+    if step < steps:
+        log.say(f"stopped by {stop.name} at step {step} of {steps}; {written} holds it all:")
+        log.say("the same command goes on from there")
+    else:
+        measure()
+        if rank == 0:
+            export.save_backbone(out, objective.backbone, recipe, step=step)
+            _last_words(out, log)
+    log.close()
+    accelerator.end_training()
+    return STOPPED if step < steps else 0
+
+
+class Diverged(RuntimeError):
+    """The loss is not a finite number: training on would write nonsense into the weights."""
+
+    def __init__(
+        self, step: int, loss: float, rows: np.ndarray, path: Callable[[int], str]
+    ) -> None:
+        """Names the step (counted from 1) and the images of its batch, on all processes."""
+        listed = ", ".join(str(row) for row in rows)
+        super().__init__(
+            f"the loss is {loss} at step {step + 1}: a lower optim.lr, optim.warmup_epochs, "
+            f"train.clip or train.precision=fp32 may help. The last checkpoint is from before. "
+            f"The batch: rows {listed} of the listing (the first is {path(rows[0])})"
+        )
+
+
+class _Stop:
+    """Whether a signal has asked to stop."""
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    @property
+    def name(self) -> str:
+        return signal.Signals(self.number).name if self.number else "another process"
+
+    def ask(self, number: int, _: object) -> None:
+        self.number = self.number or number
+
+    def agreed(self, control: "dist.ProcessGroup | None") -> bool:
+        """The same answer on every process: yes as soon as one was asked."""
+        if control is None:
+            return self.number != 0
+        asked = torch.tensor([self.number])
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=control)
+        self.number = int(asked)
+        return self.number != 0
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[_Stop]:
+    """Turns SIGINT and SIGTERM into a wish that the loop looks at after each step."""
+    stop = _Stop()
+    before = {number: signal.signal(number, stop.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        # What comes later (a launcher repeats the signal) must not cut the last checkpoint off.
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_IGN if stop.number else handler)
+
+
+def _due(step: int, steps_per_epoch: int, every_epochs: int) -> bool:
+    return every_epochs > 0 and step % (steps_per_epoch * every_epochs) == 0
+
+
+def _means(metrics: list[dict[str, Tensor]]) -> dict[str, float]:
+    """The mean over micro-batches and processes of each metric."""
+    names = list(metrics[0])
+    table = torch.stack([torch.stack([values[name] for name in names]) for values in metrics])
+    means = distributed.gather(table.mean(dim=0)[None]).mean(dim=0)
+    return dict(zip(names, means.tolist(), strict=True))
+
+
+def _last_words(out: Path, log: journal.Journal) -> None:
+    """The kNN accuracy of the random network and of the trained one."""
+    probes = [line for line in journal.read(out) if line.get("probe") == "knn"]
+    if probes and probes[0]["step"] == 0:
+        first, last = probes[0], probes[-1]
+        log.say(
+            f"kNN accuracy (k = {last['neighbours']}): random network {first['accuracy']:.1%}, "
+            f"trained {last['accuracy']:.1%}"
+        )
+    log.say(f"done: {out}/backbone.safetensors, {out}/backbone.json, {out}/metrics.jsonl")
+
+
+def _precision(asked: str) -> str:
+    """What Accelerate calls it. auto: bf16 on a GPU that has it, fp16 on an older one, else fp32."""
+    cuda = torch.cuda.is_available()
+    if asked == "auto":
+        asked = ("bf16" if torch.cuda.is_bf16_supported() else "fp16") if cuda else "fp32"
+    if asked == "fp16" and not cuda:
+        raise config.RecipeError("train.precision (fp16) needs a GPU: give fp32, bf16 or auto")
+    return "no" if asked == "fp32" else asked
+
+
+def _stream(seed: int, rank: int) -> int:
+    """A seed of its own for each process, in the 31 bits that DALI takes."""
+    return int(np.random.SeedSequence((seed, rank)).generate_state(1)[0] >> 1)
+
+
+def _from_first(value: object, control: "dist.ProcessGroup | None") -> Any:
+    """Rank 0's value, on every process."""
+    if control is None:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, group=control)
+    return box[0]
+
+
+def _all_to_first(value: object, control: "dist.ProcessGroup | None") -> list[Any]:
+    """Every process's value in rank order, on rank 0; elsewhere a list of nothing."""
+    if control is None:
+        return [value]
+    boxes = [None] * dist.get_world_size()
+    dist.gather_object(value, boxes if dist.get_rank() == 0 else None, dst=0, group=control)
+    return boxes
+
+
+@contextlib.contextmanager
+def _one_at_a_time(cache: Path) -> Iterator[None]:
+    """Processes of one machine, one after the other: the second finds the first one's work."""
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        file = (cache / ".lock").open("w")
+    except OSError:  # no cache: each does its own work
+        yield
+        return
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _end_with_launcher() -> None:
+    """Asks Linux for a SIGTERM when the launcher ends.
+
+    `accelerate launch` dies of a SIGTERM or a second Ctrl-C without passing it on: training would go
+    on unseen, and a second start find its run folder taken.
+    """
+    if sys.platform == "linux":
+        death_signal = 1  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(death_signal, signal.SIGTERM)
+
+
+def _environment(name: str, default: int) -> int:
+    """What the launcher says before a process group exists."""
+    return int(os.environ.get(name, default))
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _silent(_: str) -> None:
+    pass
+
+
+if __name__ == "__main__":
+    _end_with_launcher()
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,43 @@
+"""The image as probes see it, and as whoever loads the backbone should prepare it.
+
+Resize of the short side, then the middle: torchvision's Resize(resize) and CenterCrop(crop), bilinear
+and antialiased. `tests/test_evaluation.py` bounds the difference.
+"""
+
+from dataclasses import dataclass
+
+from nvidia.dali.data_node import DataNode
+
+from pipelines import ops
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Sizes in pixels a side."""
+
+    resize: int = 256  # of the short side
+    crop: int = 224
+
+    def __post_init__(self) -> None:
+        """Refuses a crop that does not fit.
+
+        Raises:
+            ValueError: says which numbers clash.
+        """
+        if self.crop < 8:
+            raise ValueError(f"crop ({self.crop}) must be at least 8")
+        if self.crop > self.resize:
+            raise ValueError(f"crop ({self.crop}) must fit in resize ({self.resize})")
+
+    @property
+    def largest_crop(self) -> int:
+        """Pixels a side that an image is resized to; smaller images are enlarged."""
+        return self.resize
+
+
+def graph(
+    encoded: DataNode, index: DataNode, options: Options, device: ops.Device
+) -> dict[str, DataNode]:
+    """Puts out `image` [crop, crop, 3] and `index` [1]."""
+    pixels = ops.decode(encoded, device)
+    return {"image": ops.center_crop(pixels, options.resize, options.crop), "index": index}

@@ -1,0 +1,227 @@
+"""What graphs share: nodes in, nodes out. The only file that tells the CPU backend from the GPU.
+
+An image is uint8 HWC, patches are uint8 FHWC (F patches of one size). Random parameters are drawn on
+the CPU whatever the device, because named arguments of DALI operators live there.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import permutations
+from typing import Literal
+
+import numpy as np
+from nvidia.dali import fn
+from nvidia.dali.data_node import DataNode
+from nvidia.dali.types import Constant, DALIDataType, DALIImageType, DALIInterpType
+
+Device = Literal["cpu", "gpu"]
+
+
+def decode(encoded: DataNode, device: Device) -> DataNode:
+    """RGB uint8 HWC, turned upright by EXIF; on the GPU by the hybrid or hardware decoder."""
+    return fn.decoders.image(
+        encoded,
+        device="mixed" if device == "gpu" else "cpu",
+        output_type=DALIImageType.RGB,
+    )
+
+
+def on(parameter: DataNode, device: Device) -> DataNode:
+    """A drawn parameter brought to where the pixels are, to do arithmetic with them."""
+    return parameter.gpu() if device == "gpu" else parameter
+
+
+def random_resized_crop(
+    image: DataNode, size: int, area: Sequence[float], aspect: Sequence[float] = (3 / 4, 4 / 3)
+) -> DataNode:
+    """A random part of `area` (fractions of the image) and `aspect` (width / height), resized.
+
+    Bilinear with antialiasing, as torchvision's RandomResizedCrop on PIL images.
+
+    Args:
+        image: uint8 HWC.
+        size: pixels a side of the result.
+        area: least and greatest fraction of the image's area.
+        aspect: least and greatest width / height; log-uniform between.
+    """
+    return fn.random_resized_crop(
+        image,
+        size=[size, size],
+        random_area=list(area),
+        random_aspect_ratio=list(aspect),
+        interp_type=DALIInterpType.INTERP_LINEAR,
+        antialias=True,
+    )
+
+
+def center_crop(image: DataNode, resize: int, crop: int) -> DataNode:
+    """The middle `crop` x `crop` of the image resized to a short side of `resize`.
+
+    Bilinear with antialiasing, as torchvision's Resize + CenterCrop. Only the pixels of the crop are
+    resampled.
+    """
+    return fn.resize_crop_mirror(
+        image,
+        resize_shorter=float(resize),
+        crop=[crop, crop],
+        crop_pos_x=0.5,
+        crop_pos_y=0.5,
+        interp_type=DALIInterpType.INTERP_LINEAR,
+        antialias=True,
+    )
+
+
+def random_flip(image: DataNode, probability: float = 0.5) -> DataNode:
+    """Mirrors left and right with `probability`; one draw for all of the image or its patches."""
+    if probability == 0:
+        return image
+    return fn.flip(image, horizontal=fn.random.coin_flip(probability=probability))
+
+
+def color_jitter(
+    pixels: DataNode,
+    *,
+    brightness: float = 0.0,
+    contrast: float = 0.0,
+    saturation: float = 0.0,
+    hue: float = 0.0,
+    patches: int | None = None,
+) -> DataNode:
+    """Random brightness, contrast, saturation and hue, as torchvision's ColorJitter counts them.
+
+    Contrast pivots on mid-grey (128), where torchvision pivots on the image's mean grey; hue turns in
+    the YIQ plane, where torchvision turns in HSV. Without saturation and hue the cheaper operator is
+    used (224 x 224 on the CPU: 0.1 ms of CPU instead of 1.5).
+
+    Args:
+        pixels: uint8 HWC, or FHWC with `patches`.
+        brightness: factor uniform in [1 - brightness, 1 + brightness].
+        contrast: likewise.
+        saturation: likewise.
+        hue: part of a full turn, uniform in [-hue, hue].
+        patches: F of FHWC: each patch draws its own; None: one image.
+    """
+    if brightness == contrast == saturation == hue == 0:
+        return pixels
+
+    def draw(low: float, high: float) -> DataNode | float:
+        if low == high:  # DALI refuses to draw from an empty range
+            return high
+        if patches is None:
+            return fn.random.uniform(range=[low, high])
+        return fn.per_frame(fn.random.uniform(range=[low, high], shape=[patches]))
+
+    brightness_by = draw(max(0.0, 1 - brightness), 1 + brightness)
+    contrast_by = draw(max(0.0, 1 - contrast), 1 + contrast)
+    if saturation == hue == 0:
+        return fn.brightness_contrast(pixels, brightness=brightness_by, contrast=contrast_by)
+    return fn.color_twist(
+        pixels,
+        brightness=brightness_by,
+        contrast=contrast_by,
+        saturation=draw(max(0.0, 1 - saturation), 1 + saturation),
+        hue=draw(-360 * hue, 360 * hue),
+    )
+
+
+def random_grayscale(
+    pixels: DataNode, probability: float, device: Device, patches: int | None = None
+) -> DataNode:
+    """Makes R = G = B exactly (BT.601 luma) with `probability`, for each patch on its own.
+
+    In integers all the way: `fn.hsv(saturation=0)` leaves the channels up to 1.2 apart, a colour leak
+    that a network can read.
+    """
+    if probability == 0:
+        return pixels
+    shape = [1, 1, 1] if patches is None else [patches, 1, 1, 1]
+    coin = fn.random.coin_flip(
+        probability=probability, shape=[patches or 1], dtype=DALIDataType.UINT8
+    )
+    gray_here = on(fn.reshape(coin, shape=shape), device)
+    gray = fn.color_space_conversion(
+        pixels, image_type=DALIImageType.RGB, output_type=DALIImageType.GRAY
+    )
+    return pixels * (Constant(1).uint8() - gray_here) + gray * gray_here
+
+
+def random_permutation(cells: int, count: int | None = None) -> DataNode:
+    """An order of `cells` cells, int64 [cells], uniform over all cells! of them or over a set.
+
+    Args:
+        cells: 9 for a 3 x 3 grid.
+        count: draw from `permutation_set(cells, count)` only; None: from all.
+    """
+    if count is not None:
+        table = permutation_set(cells, count)
+        return fn.cast(Constant(table, device="cpu")[_integers(count)], dtype=DALIDataType.INT64)
+    # The ranks of random keys: a table of all 9! rows would cost seconds at every start. The low
+    # digit makes keys distinct, so that two equal draws (once in 500,000 images) still give an order.
+    drawn = fn.random.uniform(range=[0.0, 1.0], shape=[cells])
+    keys = fn.cast(drawn * float(2**24), dtype=DALIDataType.INT32) * 16
+    keys = keys + Constant(np.arange(cells, dtype=np.int32), device="cpu")
+    smaller = fn.reshape(keys, shape=[1, cells]) < fn.reshape(keys, shape=[cells, 1])
+    return fn.reductions.sum(fn.cast(smaller, dtype=DALIDataType.INT64), axes=[1])
+
+
+def _integers(below: int, shape: Sequence[int] = ()) -> DataNode:
+    """Uniform integers in 0 ... below - 1, int32."""
+    values = [float(value) for value in range(below)]
+    if shape:
+        return fn.random.uniform(values=values, shape=list(shape), dtype=DALIDataType.INT32)
+    return fn.random.uniform(values=values, dtype=DALIDataType.INT32)
+
+
+def random_patches(
+    image: DataNode, order: DataNode, *, side: int, grid: int, patch: int, gap: bool = True
+) -> DataNode:
+    """One random patch out of each cell of a grid, in the drawn order: uint8 FHWC.
+
+    Result number k is cut from cell `order[k]` (cells are counted row by row), at an offset uniform
+    in 0 ... cell - patch in both directions, so that neighbours are up to 2 (cell - patch) apart.
+    Order costs nothing: it only moves anchors.
+
+    Args:
+        image: uint8 HWC, `side` pixels a side.
+        order: int64 [grid * grid], a permutation of the cells.
+        side: of the image, in pixels, a multiple of grid.
+        grid: cells a side.
+        patch: pixels a side, at most side / grid.
+        gap: False takes the middle of each cell instead of a random place.
+    """
+    cell = side // grid
+    count = grid * grid
+    corners = np.array([(cell * (i // grid), cell * (i % grid)) for i in range(count)], np.int32)
+    corner = Constant(corners, device="cpu")
+    if gap:
+        offset = _integers(cell - patch + 1, shape=[count, 2])
+    else:
+        middle = (cell - patch) // 2
+        offset = Constant(np.full((count, 2), middle, np.int32), device="cpu")
+    cut = [
+        fn.slice(image, start=corner[order[k]] + offset[k], shape=[patch, patch], axes=[0, 1])
+        for k in range(count)
+    ]
+    return fn.stack(*cut, axis=0, axis_name="F")
+
+
+@lru_cache(maxsize=8)
+def permutation_set(cells: int, count: int) -> np.ndarray:
+    """A far-apart set of `count` orders: int32 [count, cells], the same in every run.
+
+    Greedy: from a fixed first one, the next is that with the greatest mean Hamming distance to those
+    chosen (Noroozi & Favaro 2016, section 3.3; the lowest in lexicographic order among equals).
+
+    Raises:
+        ValueError: there are not that many.
+    """
+    table = np.array(list(permutations(range(cells))), np.uint8)
+    if not 1 <= count <= len(table):
+        raise ValueError(f"permutations ({count}) must be in 1 ... {len(table)}")
+    chosen = [int(np.random.Generator(np.random.Philox(0)).integers(len(table)))]
+    agreement = np.zeros(len(table), np.int64)  # matches with the chosen ones, summed
+    while len(chosen) < count:
+        agreement += (table == table[chosen[-1]]).sum(axis=1)
+        agreement[chosen] = np.iinfo(np.int64).max // 2
+        chosen.append(int(agreement.argmin()))
+    return table[chosen].astype(np.int32)

@@ -1,0 +1,128 @@
+"""An image and nine shuffled patches of it, for PIRL (Misra & van der Maaten 2020, section 3.2).
+
+The image view: random resized crop, flip, colour jitter, grayscale. The patches: another random
+crop of at least 60 % of the area, resized to 255 pixels, cut into 3 x 3 cells of 85, a random
+64-pixel patch out of each, colours changed for each patch on its own, in a random order.
+"""
+
+from dataclasses import dataclass
+
+from nvidia.dali.data_node import DataNode
+
+from pipelines import ops
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Sizes in pixels a side. Where the paper is silent, VISSL's pirl_jigsaw_4node recipe is taken."""
+
+    image_size: int = 224
+    image_area: tuple[float, float] = (0.08, 1.0)  # VISSL; lemniscate's NPID: 0.2 ... 1
+    patches_crop: int = 255  # what is cut into cells
+    patches_area: tuple[float, float] = (0.6, 1.0)
+    grid: int = 3  # cells a side
+    patch: int = 64
+    flip: float = 0.5  # probability for the image view, and for the crop that becomes patches;
+    # VISSL flips every patch on its own, PyContrast the crop
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.4
+    hue: float = 0.2  # of a full turn: VISSL; PyContrast: 0.4
+    grayscale: float = 0.2  # probability, for the image and for each patch
+    permutations: int | None = None  # draw from a far-apart set of that many; None: from all 9!
+
+    def __post_init__(self) -> None:
+        """Refuses a geometry that does not fit.
+
+        Raises:
+            ValueError: says which numbers clash.
+        """
+        for name, least in (("image_size", 8), ("patches_crop", 8), ("grid", 2), ("patch", 4)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be at least {least}")
+        if self.grid > 3:
+            raise ValueError(
+                f"grid ({self.grid}) must be 2 or 3: 4 x 4 cells have 2e13 orders, more than a table holds"
+            )
+        if self.patches_crop % self.grid:
+            near = self.patches_crop - self.patches_crop % self.grid
+            raise ValueError(
+                f"patches_crop ({self.patches_crop}) must be a multiple of grid ({self.grid}): "
+                f"{near} or {near + self.grid}"
+            )
+        if self.patch > self.cell:
+            raise ValueError(
+                f"patch ({self.patch}) must fit in a cell ({self.cell} = patches_crop "
+                f"{self.patches_crop} / grid {self.grid})"
+            )
+        for name in ("image_area", "patches_area"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high <= 1:
+                raise ValueError(f"{name} ([{low}, {high}]) must be two ascending fractions in 0 ... 1")
+        for name in ("flip", "grayscale"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be a probability, 0 ... 1")
+        for name in ("brightness", "contrast", "saturation"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 0")
+        if not 0 <= self.hue <= 0.5:
+            raise ValueError(f"hue ({self.hue}) must be a part of a full turn, 0 ... 0.5")
+        if self.permutations is not None and not 1 <= self.permutations <= self.orders:
+            raise ValueError(
+                f"permutations ({self.permutations}) must be in 1 ... {self.orders}, or null for all"
+            )
+
+    @property
+    def cell(self) -> int:
+        """Pixels a side of a cell."""
+        return self.patches_crop // self.grid
+
+    @property
+    def orders(self) -> int:
+        """How many orders the cells have."""
+        return 24 if self.grid == 2 else 362_880
+
+    @property
+    def largest_crop(self) -> int:
+        """Pixels a side that an image is resized to; smaller images are enlarged."""
+        return max(self.image_size, self.patches_crop)
+
+
+def graph(
+    encoded: DataNode, index: DataNode, options: Options, device: ops.Device
+) -> dict[str, DataNode]:
+    """Puts out `image` [S, S, 3], `patches` [9, p, p, 3], `permutation` [9] and `index` [1].
+
+    `permutation[k]` is the cell, counted row by row, that patch k was cut from.
+    """
+    pixels = ops.decode(encoded, device)
+
+    image = ops.random_resized_crop(pixels, options.image_size, options.image_area)
+    image = ops.random_flip(image, options.flip)
+    image = _colors(image, options, device)
+
+    cells = options.grid**2
+    permutation = ops.random_permutation(cells, options.permutations)
+    crop = ops.random_resized_crop(pixels, options.patches_crop, options.patches_area)
+    crop = ops.random_flip(crop, options.flip)
+    patches = ops.random_patches(
+        crop, permutation, side=options.patches_crop, grid=options.grid, patch=options.patch
+    )
+    patches = _colors(patches, options, device, cells)
+
+    return {"image": image, "patches": patches, "permutation": permutation, "index": index}
+
+
+def _colors(
+    pixels: DataNode, options: Options, device: ops.Device, patches: int | None = None
+) -> DataNode:
+    """Colour jitter, then grayscale; each patch draws its own."""
+    pixels = ops.color_jitter(
+        pixels,
+        brightness=options.brightness,
+        contrast=options.contrast,
+        saturation=options.saturation,
+        hue=options.hue,
+        patches=patches,
+    )
+    return ops.random_grayscale(pixels, options.grayscale, device, patches)

@@ -1,0 +1,11 @@
+"""Readers: one file a way to store images. A recipe names a file here (or any importable module).
+
+A reader file offers
+    Options                               a frozen dataclass: what a recipe may set under `data`
+    list_samples(options, *, cache, say)  every image as a row, with its class and its state: the
+                                          `Samples` described in `pipelines.readers.folder`
+    source(samples, rows)                 inside a DALI graph: (encoded, index); rows(step) tells
+                                          which rows, int64 [batch], to read for a step
+A row stands for the same image in every run. Wrong input is a ValueError, before training, that
+names the place, what was found and the remedy. Nothing here imports torch or fastssl.
+"""

@@ -1,0 +1,79 @@
+"""What every test may ask for."""
+
+import io
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from nvidia.dali import fn
+from nvidia.dali.pipeline import Pipeline
+from nvidia.dali.types import DALIDataType
+from PIL import Image
+
+from fastssl import demo
+
+
+@pytest.fixture(scope="session")
+def checkout() -> Path:
+    """The folder that holds fastssl/, pipelines/ and recipes/."""
+    return Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def demo_images():
+    """The built-in images, rendered: the folder that holds train/ and val/."""
+    return demo.render()
+
+
+@pytest.fixture(scope="session")
+def environ(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment for a process that a test starts: nothing in it leads to other code, to
+    another process group or to the user's own settings of Accelerate."""
+    foreign = ("PYTHON", "ACCELERATE_", "PET_", "MASTER_")
+    ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(foreign) and k not in ranks}
+    return kept | {"HF_HOME": str(tmp_path_factory.mktemp("huggingface")), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="session")
+def run_graph() -> Callable[..., dict[str, np.ndarray]]:
+    """Runs a graph on the CPU backend over encoded images: [runs * batch, ...] by output name."""
+
+    def run(module, options, encoded, *, runs=1, seed=0, threads=2, prefetch=2):
+        pipeline = Pipeline(
+            batch_size=len(encoded),
+            num_threads=threads,
+            device_id=None,
+            seed=seed,
+            prefetch_queue_depth=prefetch,
+        )
+        images = [np.frombuffer(each, np.uint8) for each in encoded]
+        rows = [np.array([row], np.int64) for row in range(len(encoded))]
+        with pipeline:
+            source, index = fn.external_source(
+                lambda: (images, rows),
+                num_outputs=2,
+                dtype=[DALIDataType.UINT8, DALIDataType.INT64],
+                ndim=[1, 1],
+            )
+            outputs = module.graph(source, index, options, "cpu")
+            pipeline.set_outputs(*outputs.values())
+        batches = [[np.array(each.as_array()) for each in pipeline.run()] for _ in range(runs)]
+        together = [np.concatenate(same) for same in zip(*batches, strict=True)]
+        return dict(zip(outputs, together, strict=True))
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def png_of() -> Callable[[np.ndarray], bytes]:
+    """Encodes uint8 HWC pixels without loss."""
+
+    def encode(pixels: np.ndarray) -> bytes:
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "PNG")
+        return file.getvalue()
+
+    return encode

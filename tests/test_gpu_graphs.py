@@ -1,0 +1,72 @@
+"""Every graph has a GPU kernel for every operator: checked where there is no GPU.
+
+Construction refuses GPU tensors as named arguments and GPU-to-CPU edges; the kernels themselves are
+looked up in DALI's registry.
+"""
+
+import importlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from nvidia.dali import backend, fn
+from nvidia.dali.external_source import ExternalSource
+from nvidia.dali.pipeline import Pipeline
+from nvidia.dali.types import DALIDataType
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+GRAPHS = sorted(
+    path.stem for path in (CHECKOUT / "pipelines").glob("*.py") if "\ndef graph(" in path.read_text()
+)
+
+
+def on_the_gpu(graph, options) -> Pipeline:
+    # Without a device, a graph of GPU operators can be made and serialised; only building needs one.
+    pipeline = Pipeline(batch_size=2, num_threads=1, device_id=None, seed=0)
+    with pipeline:
+        encoded, index = fn.external_source(
+            lambda: ([np.zeros(1, np.uint8)] * 2, [np.zeros(1, np.int64)] * 2),
+            num_outputs=2,
+            dtype=[DALIDataType.UINT8, DALIDataType.INT64],
+            ndim=[1, 1],
+        )
+        outputs = graph(encoded, index, options, "gpu")
+        pipeline.set_outputs(*outputs.values())
+    pipeline.serialize()
+    return pipeline
+
+
+def without_kernel(pipeline: Pipeline) -> list[tuple[str, str]]:
+    kernels = {
+        "cpu": set(backend.RegisteredCPUOps()),
+        "gpu": set(backend.RegisteredGPUOps()),
+        "mixed": set(backend.RegisteredMixedOps()),
+    }
+    # The source has no schema: it is Python's, and feeds the CPU side.
+    operators = [
+        (each._op.schema_name, each._op.device)
+        for each in pipeline._ops
+        if not isinstance(each._op, ExternalSource)
+    ]
+    assert operators
+    return [(name, device) for name, device in operators if name not in kernels[device]]
+
+
+def test_there_are_graphs():
+    assert {"pirl_jigsaw", "evaluation"} <= set(GRAPHS)
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_every_operator_of_a_graph_has_a_kernel_on_the_gpu(name):
+    module = importlib.import_module(f"pipelines.{name}")
+    pipeline = on_the_gpu(module.graph, module.Options())
+
+    assert without_kernel(pipeline) == []
+    assert any(each._op.device == "mixed" for each in pipeline._ops), "decodes on the GPU"
+
+
+def test_an_operator_without_a_gpu_kernel_is_noticed():
+    def peeks(encoded, index, options, device):
+        return {"shape": fn.peek_image_shape(encoded.gpu()), "index": index}
+
+    assert without_kernel(on_the_gpu(peeks, None)) == [("PeekImageShape", "gpu")]

@@ -1,0 +1,214 @@
+"""The loader: zero-copy channels-last batches, exact state, files that fail while training."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastssl import order
+from fastssl.loader import DataError, Loader, output_names, threads_per_process
+from pipelines import evaluation, pirl_jigsaw
+from pipelines.readers import folder
+
+COUNT = 40
+SMALL = pirl_jigsaw.Options(image_size=32, patches_crop=48, patch=12)
+
+
+@pytest.fixture
+def images(tmp_path: Path, demo_images: Path) -> Path:
+    """Forty of the built-in images in a folder of the test's own."""
+    files = sorted((demo_images / "val").glob("*/*.jpg"))
+    root = tmp_path / "images"
+    root.mkdir()
+    for number, file in enumerate(files[:: len(files) // COUNT][:COUNT]):
+        shutil.copy(file, root / f"{number:03d}.jpg")
+    return root
+
+
+def listing(root: Path) -> folder.Samples:
+    return folder.list_samples(folder.Options(root=str(root)), cache=None, say=lambda _: None)
+
+
+def loader(samples, *, batch=8, seed=1, graph=pirl_jigsaw, options=SMALL, said=None, **arguments):
+    usable = samples.usable
+    steps = order.steps_per_epoch(len(usable), 1, batch)
+
+    def rows(step: int) -> np.ndarray:
+        epoch, step = divmod(step, steps)
+        return usable[order.shuffled(len(usable), 7, epoch, 0, 1, batch)[step]]
+
+    return Loader(
+        folder,
+        samples,
+        graph,
+        options,
+        rows,
+        batch=batch,
+        seed=seed,
+        device=torch.device("cpu"),
+        **{"threads": 2, "say": (said if said is not None else []).append, **arguments},
+    )
+
+
+def take(batches: Loader, count: int) -> list[dict[str, torch.Tensor]]:
+    return [{k: v.clone() for k, v in next(batches).items()} for _ in range(count)]
+
+
+def assert_same(some: list, others: list) -> None:
+    assert len(some) == len(others)
+    for a, b in zip(some, others, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            assert torch.equal(a[name], b[name]), name
+
+
+def damage(path: Path) -> None:
+    """Leaves a JPEG's header and end as they are and makes nonsense of its Huffman table."""
+    whole = bytearray(path.read_bytes())
+    table = whole.index(b"\xff\xc4")
+    whole[table + 5 : table + 21] = b"\xff" * 16
+    path.write_bytes(bytes(whole))
+
+
+def test_tensors_are_channels_last_views_with_names_types_and_shapes(images):
+    batch = next(loader(listing(images)))
+
+    assert batch["image"].shape == (8, 3, 32, 32)
+    assert batch["image"].is_contiguous(memory_format=torch.channels_last)
+    assert batch["patches"].shape == (8, 9, 3, 12, 12)
+    together = batch["patches"].flatten(0, 1)
+    assert together.is_contiguous(memory_format=torch.channels_last)
+    assert together.data_ptr() == batch["patches"].data_ptr()
+    assert batch["permutation"].shape == (8, 9)
+    assert batch["index"].shape == (8,)
+    assert {t.dtype for t in batch.values()} == {torch.uint8, torch.int64}
+
+
+def test_a_batch_that_is_held_is_not_overwritten_by_later_ones(images):
+    batches = loader(listing(images))
+    held = next(batches)
+    copy = held["image"].clone()
+    take(batches, 12)
+
+    assert torch.equal(held["image"], copy)
+
+
+def test_an_epoch_gives_every_image_once_and_names_it_by_its_row(images):
+    samples = listing(images)
+    plain = evaluation.Options(resize=32, crop=32)
+    batches = take(loader(samples, graph=evaluation, options=plain), 5)
+    by_row = {int(i): x for b in batches for i, x in zip(b["index"], b["image"], strict=True)}
+    alone = loader(samples, batch=1, graph=evaluation, options=plain)
+
+    assert sorted(by_row) == list(range(COUNT))
+    for _ in range(5):
+        one = next(alone)
+        assert torch.equal(one["image"][0], by_row[int(one["index"])])
+
+
+@pytest.mark.parametrize("stop", [0, 1, 3, 5, 6, 11, 63, 64, 65, 70])  # an epoch has 5 steps
+def test_resume_is_exact_after_any_step(images, stop):
+    samples = listing(images)
+    through = loader(samples)
+    take(through, stop)
+    state = through.state()
+    # Once a batch was given the state's seed counts, not the argument.
+    resumed = loader(samples, seed=99 if stop else 1, threads=1, prefetch=3)
+    resumed.resume(state)
+
+    assert_same(take(resumed, 7), take(through, 7))
+    assert resumed.step == stop + 7
+
+
+def test_state_taken_twice_or_resumed_twice_is_the_same(images):
+    samples = listing(images)
+    through = loader(samples)
+    take(through, 4)
+    first, second = through.state(), through.state()
+    resumed = loader(samples)
+    resumed.resume(first)
+    again = loader(samples)
+    again.resume(resumed.state())
+
+    assert torch.equal(first["dali"], second["dali"])
+    assert_same(take(again, 3), take(through, 3))
+
+
+def test_one_seed_repeats_and_another_differs(images):
+    samples = listing(images)
+    first, again, other = (take(loader(samples, seed=seed), 2) for seed in (1, 1, 2))
+
+    assert_same(first, again)
+    assert (first[0]["image"] != other[0]["image"]).any()
+    assert torch.equal(first[0]["index"], other[0]["index"])  # the order has a seed of its own
+
+
+def test_a_file_that_fails_in_decoding_is_named_skipped_and_training_goes_on(images):
+    damage(images / "017.jpg")
+    samples, said = listing(images), []
+    assert 17 in samples.usable  # the header scan could not know
+    batches = take(loader(samples, said=said), 10)
+
+    assert len(said) == 1
+    assert "017.jpg" in said[0]
+    assert "skipping" in said[0]
+    seen = torch.cat([b["index"] for b in batches[:5]]).tolist()
+    assert sorted(seen) == sorted([row for row in range(COUNT) if row != 17] + [18])
+    assert 17 not in torch.cat([b["index"] for b in batches]).tolist()
+
+
+@pytest.mark.parametrize("stop", [0, 2, 4, 6])
+def test_resume_is_exact_around_a_file_that_fails(images, stop):
+    for name in ("003.jpg", "017.jpg", "018.jpg"):
+        damage(images / name)
+    samples = listing(images)
+    through = loader(samples)
+    take(through, stop)
+    resumed = loader(samples)
+    resumed.resume(through.state())
+
+    assert_same(take(resumed, 9), take(through, 9))
+    assert {3, 17, 18} == set(through.skipped) == set(resumed.skipped)
+
+
+def test_a_file_deleted_while_training_is_skipped(images):
+    said = []
+    batches = loader(listing(images), said=said)
+    take(batches, 1)
+    (images / "005.jpg").unlink()
+    take(batches, 10)
+
+    assert ["005.jpg" in line for line in said] == [True]
+
+
+def test_a_folder_that_vanishes_while_training_is_an_error_that_names_it(images):
+    batches = loader(listing(images))
+    take(batches, 1)
+    shutil.rmtree(images)
+
+    with pytest.raises(DataError, match="is .*images still there and readable"):
+        take(batches, 20)
+
+
+def test_the_names_a_graph_puts_out_are_known_without_running_it(images):
+    names = output_names(folder, listing(images), pirl_jigsaw, SMALL)
+
+    assert sorted(names) == ["image", "index", "patches", "permutation"]
+
+
+def test_waiting_is_counted_once(images):
+    batches = loader(listing(images))
+    take(batches, 3)
+
+    assert batches.data_wait() > 0
+    assert batches.data_wait() == 0
+
+
+def test_threads_are_the_cores_allowed_divided_by_the_processes_here():
+    alone = threads_per_process(1)
+
+    assert 1 <= alone <= 4096
+    assert threads_per_process(alone) == 1
+    assert threads_per_process(10 * alone) == 1
