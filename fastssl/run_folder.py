@@ -212,12 +212,14 @@ def _recipe(run: Path) -> dict[str, dict[str, Any]]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         values = None
-    if not isinstance(values, dict) or not isinstance(values.get("train"), dict):
+    sections = values if isinstance(values, dict) else {}
+    keys_in_each = all(isinstance(keys, dict) for keys in sections.values())
+    if not keys_in_each or "resume" not in sections.get("train", ()):
         raise RecipeError(
             f"{path} is not the recipe of a run: name another folder (train.out=...), or delete"
             f" {run} if it holds nothing of use"
         )
-    return values
+    return sections
 
 
 def _refuse_other_recipe(

@@ -7,13 +7,13 @@ checkpoint (the same command goes on).
 """
 
 import contextlib
-import ctypes
 import fcntl
 import math
 import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from fastssl import (
     distributed,
     export,
     journal,
+    launcher,
     optim,
     order,
     probe,
@@ -52,7 +53,9 @@ def main(arguments: Sequence[str]) -> int:
         print(__doc__)
         return 0 if arguments else 2
     try:
-        return train(config.load(arguments[0], arguments[1:]))
+        recipe = config.load(arguments[0], arguments[1:])
+        with contextlib.ExitStack() as until_the_end:
+            return train(recipe, until_the_end)
     except (ValueError, checkpoint.CheckpointError, Diverged) as error:
         # Every process meets the same mistake; the first one tells it.
         if _environment("RANK", 0) == 0 or isinstance(error, DataError):
@@ -63,8 +66,12 @@ def main(arguments: Sequence[str]) -> int:
         return 130
 
 
-def train(recipe: Recipe) -> int:
+def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
     """One start of a run: fresh, or on from a checkpoint, to its end or to a signal.
+
+    Args:
+        recipe: what to run.
+        until_the_end: closes what the run holds: lock, journal, process group, signals.
 
     Raises:
         ValueError: a mistake in the recipe, its input or the run folder, found before a device is
@@ -116,14 +123,15 @@ def train(recipe: Recipe) -> int:
         "train.batch": options.batch,
         "train.accumulate": options.accumulate,
     }
-    start, lock = None, None
+    start = None
     if rank == 0:
-        lock = run_folder.lock(out)  # held until the process ends
+        until_the_end.enter_context(run_folder.lock(out))
         start = run_folder.open_run(out, options.resume, recipe.values)
 
     # ---- Devices and processes --------------------------------------------------------------------
+    on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU") == "True"
     accelerator = Accelerator(
-        cpu=not torch.cuda.is_available() or None,
+        cpu=on_cpu,  # without a word, several processes on a CPU would each think they are alone
         mixed_precision=_precision(options.precision),
         log_with=list(options.trackers) or None,
         project_dir=out,
@@ -133,7 +141,11 @@ def train(recipe: Recipe) -> int:
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
         ],
     )
+    until_the_end.callback(accelerator.end_training)
     device = accelerator.device
+    threads = options.threads or threads_per_process(_environment("LOCAL_WORLD_SIZE", 1))
+    if device.type == "cpu":  # launchers set OMP_NUM_THREADS=1, which leaves cores idle
+        torch.set_num_threads(threads_per_process(_environment("LOCAL_WORLD_SIZE", 1)))
     assert (distributed.rank(), distributed.world()) == (rank, world), "launcher and group disagree"
     # Signals and states are agreed on over the CPU, so that no step waits for a GPU.
     control = dist.new_group(backend="gloo") if world > 1 else None
@@ -145,7 +157,6 @@ def train(recipe: Recipe) -> int:
         journal.write_start(out, recipe, accelerator, start)
 
     # ---- Data -------------------------------------------------------------------------------------
-    threads = options.threads or threads_per_process(_environment("LOCAL_WORLD_SIZE", 1))
     micro = batch // options.accumulate
 
     def rows_of_step(step: int, rank: int, world: int, batch: int) -> np.ndarray:
@@ -191,7 +202,10 @@ def train(recipe: Recipe) -> int:
     if options.compile:
         objective.backbone.compile()
     optimizer = optim.optimizer(recipe.optim, objective)
-    model, optimizer = accelerator.prepare(objective, optimizer)
+    with warnings.catch_warnings():
+        # torch 2.15 renames broadcast_buffers; Accelerate 1.15 does not know the new name yet.
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        model, optimizer = accelerator.prepare(objective, optimizer)
     model.train()
     set_seed(_stream(options.seed, rank))  # dropout and the like differ between processes
 
@@ -226,6 +240,7 @@ def train(recipe: Recipe) -> int:
 
     # ---- Probe ------------------------------------------------------------------------------------
     log = journal.Journal(out, accelerator, recipe, steps=steps, start=step)
+    until_the_end.callback(log.close)
     folder = probe.folder_of(recipe.probe, recipe.data.options)
     knn = None
     if folder is None:
@@ -273,68 +288,68 @@ def train(recipe: Recipe) -> int:
         measure()
     recent: list[tuple[Tensor, dict[str, Tensor]]] = []  # loss and metrics since the last line
     began = time.perf_counter()
-    with _signals() as stop:
-        while step < steps and not stop.agreed(control):
-            lr = optim.learning_rate(
-                recipe.optim,
-                step,
-                steps=planned,
-                steps_per_epoch=steps_per_epoch,
-                batch=options.batch,
-            )
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.zero_grad()
-            for part in range(options.accumulate):
-                tensors = next(loader)
-                # Gradients are exchanged once a step, with its last part.
-                last = part == options.accumulate - 1
-                with contextlib.nullcontext() if last else accelerator.no_sync(model):
-                    loss, metrics = model(**tensors)
-                    accelerator.backward(loss / options.accumulate)
-                recent.append((loss.detach(), metrics))
-            if options.clip is not None:
-                accelerator.clip_grad_norm_(model.parameters(), options.clip)
-            optimizer.step()
-            objective.finish_step()
-            step += 1
-            log.step(step)
+    stop = until_the_end.enter_context(_signals())
+    while step < steps and not stop.agreed(control):
+        lr = optim.learning_rate(
+            recipe.optim,
+            step,
+            steps=planned,
+            steps_per_epoch=steps_per_epoch,
+            batch=options.batch,
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.zero_grad()
+        for part in range(options.accumulate):
+            tensors = next(loader)
+            # Gradients are exchanged once a step, with its last part.
+            last = part == options.accumulate - 1
+            with contextlib.nullcontext() if last else accelerator.no_sync(model):
+                loss, metrics = model(**tensors)
+                accelerator.backward(loss / options.accumulate)
+            recent.append((loss.detach(), metrics))
+        if options.clip is not None:
+            accelerator.clip_grad_norm_(model.parameters(), options.clip)
+        optimizer.step()
+        objective.finish_step()
+        step += 1
+        log.step(step)
 
-            at_end = step == steps
-            to_save = step % options.checkpoint_steps == 0 and not at_end
-            to_probe = _due(step, steps_per_epoch, recipe.probe.every_epochs) and not at_end
-            if not (to_save or to_probe or at_end or step % options.log_steps == 0):
-                continue
-            # From here on the host waits for the GPU, on steps that log only.
-            losses = distributed.gather(torch.stack([loss for loss, _ in recent])[None])
-            losses = losses.mean(dim=0).tolist()  # over processes; one a micro-batch
-            seconds = time.perf_counter() - began
-            finite = [math.isfinite(loss) for loss in losses]
-            if not all(finite):
-                at = step - (len(losses) - finite.index(False) - 1) // options.accumulate - 1
-                whole = rows_of_step(at, 0, 1, options.batch)  # of all processes
-                raise Diverged(at, losses[finite.index(False)], whole, samples.path)
-            rate = options.batch * len(recent) / options.accumulate / seconds
-            line = {
-                "epoch": (step - 1) // steps_per_epoch,
-                "loss": sum(losses) / len(losses),
-                "lr": lr,
-                "images_per_second": rate,
-                "patches_per_second": rate * sum(t.shape[1] for t in tensors.values() if t.ndim == 5),
-                "data_wait": min(1.0, loader.data_wait() / seconds),
-                **_means([metrics for _, metrics in recent]),
-            }
-            log.log(step, line)
-            if to_save:
-                try:
-                    save()
-                except checkpoint.CheckpointError as error:  # the next one may find room again
-                    log.say(f"warning: {error}")
-            if to_probe:
-                measure()
-            recent.clear()
-            began = time.perf_counter()  # checkpoints and probes are no training time
-            loader.data_wait()
+        at_end = step == steps
+        to_save = step % options.checkpoint_steps == 0 and not at_end
+        to_probe = _due(step, steps_per_epoch, recipe.probe.every_epochs) and not at_end
+        if not (to_save or to_probe or at_end or step % options.log_steps == 0):
+            continue
+        # From here on the host waits for the GPU, on steps that log only.
+        losses = distributed.gather(torch.stack([loss for loss, _ in recent])[None])
+        losses = losses.mean(dim=0).tolist()  # over processes; one a micro-batch
+        seconds = time.perf_counter() - began
+        finite = [math.isfinite(loss) for loss in losses]
+        if not all(finite):
+            at = step - (len(losses) - finite.index(False) - 1) // options.accumulate - 1
+            whole = rows_of_step(at, 0, 1, options.batch)  # of all processes
+            raise Diverged(at, losses[finite.index(False)], whole, samples.path)
+        rate = options.batch * len(recent) / options.accumulate / seconds
+        line = {
+            "epoch": (step - 1) // steps_per_epoch,
+            "loss": sum(losses) / len(losses),
+            "lr": lr,
+            "images_per_second": rate,
+            "patches_per_second": rate * sum(t.shape[1] for t in tensors.values() if t.ndim == 5),
+            "data_wait": min(1.0, loader.data_wait() / seconds),
+            **_means([metrics for _, metrics in recent]),
+        }
+        log.log(step, line)
+        if to_save:
+            try:
+                save()
+            except checkpoint.CheckpointError as error:  # the next one may find room again
+                log.say(f"warning: {error}")
+        if to_probe:
+            measure()
+        recent.clear()
+        began = time.perf_counter()  # checkpoints and probes are no training time
+        loader.data_wait()
 
     # ---- Stopped, or done -------------------------------------------------------------------------
     written = save()
@@ -346,8 +361,6 @@ def train(recipe: Recipe) -> int:
         if rank == 0:
             export.save_backbone(out, objective.backbone, recipe, step=step)
             _last_words(out, log)
-    log.close()
-    accelerator.end_training()
     return STOPPED if step < steps else 0
 
 
@@ -391,15 +404,18 @@ class _Stop:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[_Stop]:
-    """Turns SIGINT and SIGTERM into a wish that the loop looks at after each step."""
+    """Turns SIGINT and SIGTERM into a wish that the loop looks at after each step.
+
+    A second one changes nothing: launchers repeat the signal, and it must not cut the last
+    checkpoint off.
+    """
     stop = _Stop()
     before = {number: signal.signal(number, stop.ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:
-        # What comes later (a launcher repeats the signal) must not cut the last checkpoint off.
         for number, handler in before.items():
-            signal.signal(number, signal.SIG_IGN if stop.number else handler)
+            signal.signal(number, handler)
 
 
 def _due(step: int, steps_per_epoch: int, every_epochs: int) -> bool:
@@ -473,17 +489,6 @@ def _one_at_a_time(cache: Path) -> Iterator[None]:
         yield
 
 
-def _end_with_launcher() -> None:
-    """Asks Linux for a SIGTERM when the launcher ends.
-
-    `accelerate launch` dies of a SIGTERM or a second Ctrl-C without passing it on: training would go
-    on unseen, and a second start find its run folder taken.
-    """
-    if sys.platform == "linux":
-        death_signal = 1  # PR_SET_PDEATHSIG
-        ctypes.CDLL(None).prctl(death_signal, signal.SIGTERM)
-
-
 def _environment(name: str, default: int) -> int:
     """What the launcher says before a process group exists."""
     return int(os.environ.get(name, default))
@@ -498,5 +503,5 @@ def _silent(_: str) -> None:
 
 
 if __name__ == "__main__":
-    _end_with_launcher()
+    launcher.mend()
     sys.exit(main(sys.argv[1:]))

@@ -141,6 +141,24 @@ def test_a_recipe_that_cannot_be_read_is_named(tmp_path, text):
         run_folder.open_run(out, "auto", VALUES)
 
 
+@pytest.mark.parametrize("left", [None, "sgd", ["sgd"]])
+@pytest.mark.parametrize("section", VALUES)
+def test_a_saved_recipe_with_a_section_without_keys_is_named(tmp_path, section, left):
+    out = a_run(tmp_path / "run", 100, values={**VALUES, section: left})
+
+    with pytest.raises(RecipeError, match=r"run/recipe.yaml is not the recipe of a run: name ano"):
+        run_folder.open_run(out, "auto", VALUES)
+
+
+def test_a_saved_recipe_that_lost_where_its_run_began_is_named(tmp_path):
+    values = recipe()
+    del values["train"]["resume"]
+    out = a_run(tmp_path / "run", 100, values=values)
+
+    with pytest.raises(RecipeError, match=r"run/recipe.yaml is not the recipe of a run: name ano"):
+        run_folder.open_run(out, "auto", VALUES)
+
+
 def test_a_file_is_no_run_folder(tmp_path):
     (tmp_path / "run").touch()
 

@@ -13,6 +13,7 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -25,6 +26,7 @@ from nvidia.dali.types import BatchInfo, DALIDataType
 
 from pipelines.readers import headers
 
+PROGRESS_SECONDS = 5  # between lines, while a listing or a scan is going on
 _DIGEST = 32  # bytes
 
 # Files that lie beside images and are none. All others are judged by their content.
@@ -96,7 +98,7 @@ def list_samples(options: Options, *, cache: Path | None, say: Callable[[str], N
         options: of this reader.
         cache: folder that keeps the headers seen, so that the next start reads those of new and
             changed files alone; it may be missing or damaged, and is then made anew.
-        say: is called with single lines for the user, such as progress, every five seconds.
+        say: is called with single lines for the user, such as progress.
 
     Raises:
         ValueError: there is no such folder, it cannot be read, it holds no usable image, or, with
@@ -176,7 +178,7 @@ class _Files:
 
 
 class _Clock:
-    """Says when the next line of progress is due: every five seconds."""
+    """Says when the next line of progress is due."""
 
     def __init__(self, say: Callable[[str], None]):
         self.say = say
@@ -184,21 +186,23 @@ class _Clock:
 
     def is_due(self) -> bool:
         now = time.monotonic()
-        if now - self.last < 5:
+        if now - self.last < PROGRESS_SECONDS:
             return False
         self.last = now
         return True
 
 
 def _check_root(root: str) -> None:
-    if os.path.isdir(root):
-        return
-    if os.path.exists(root):
-        raise ValueError(f"data.root: {root} is a file: give the folder that holds the images")
-    parent = os.path.dirname(root)
-    while not os.path.isdir(parent):
-        parent = os.path.dirname(parent)
-    raise ValueError(f"data.root: there is no folder {root}: of that path, {parent} is there")
+    try:
+        if not stat.S_ISDIR(os.stat(root).st_mode):
+            raise ValueError(f"data.root: {root} is a file: give the folder that holds the images")
+    except FileNotFoundError:
+        parent = os.path.dirname(root)
+        while not os.path.exists(parent):
+            parent = os.path.dirname(parent)
+        raise ValueError(f"data.root: there is no folder {root}, only {parent}") from None
+    except OSError as error:
+        raise ValueError(_cannot_read(root, error)) from None
 
 
 def _walk(root: bytes, clock: _Clock) -> _Files:
@@ -270,9 +274,7 @@ def _entries(root: bytes, folder: bytes) -> tuple[Iterator[tuple[bytes, int, int
                     left_out += 1
     except OSError as error:
         where = _shown(os.path.join(root, folder))
-        raise ValueError(
-            f"data.root: cannot read the folder {where} as user {os.getuid()}: {error.strerror}"
-        ) from None
+        raise ValueError(_cannot_read(where, error)) from None
     found.sort()
     return iter(found), left_out
 
@@ -317,17 +319,15 @@ def _recall(
     """Height and width of the files that the cache knows, as they are now; 0 for all others."""
     rows = len(files.names)
     height, width = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
-    try:
-        content = path.read_bytes() if path else b""
-    except FileNotFoundError:
-        content = b""
-    except OSError as error:
-        say(f"data: cannot read {path}: {error.strerror}; reading all headers")
-        content = b""
-    if not content:
+    if path is None or not os.path.exists(path):
         return height, width
-    if not content.startswith(_digest(content[_DIGEST:])):
-        say(f"data: {path} is damaged or of another version; reading all headers")
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        say(f"data: cannot read {path}: {error.strerror}; reading all headers again")
+        return height, width
+    if content[:_DIGEST] != _digest(content[_DIGEST:]):
+        say(f"data: {path} is damaged or of another version; reading all headers again")
         return height, width
     with np.load(io.BytesIO(content[_DIGEST:]), allow_pickle=False) as old:
         names = Names(old["text"].tobytes(), old["ends"])
@@ -367,6 +367,8 @@ def _remember(
         part.replace(path)  # at once: another process reads the old file or the new one
     except OSError as error:
         say(f"data: cannot write {path}: {error.strerror}; the next start reads all headers again")
+        with suppress(OSError):
+            part.unlink()
 
 
 def _shared(names: Names, others: Names) -> tuple[np.ndarray, np.ndarray]:
@@ -415,6 +417,10 @@ def _report(
         say(f"data: skipping {len(bad):,} of {rows:,} files: {named} (data.bad=error refuses them)")
     if loops:
         say(f"data: not following links that lead back to a folder that they lie in: {loops}")
+
+
+def _cannot_read(where: str, error: OSError) -> str:
+    return f"data.root: cannot read the folder {where} as user {os.geteuid()}: {error.strerror}"
 
 
 def _few(items: list[str]) -> str:

@@ -28,7 +28,7 @@ def dimensions(path: bytes | str) -> tuple[int, int]:
         ValueError: the file cannot be decoded; the message is the reason, to be put behind a name.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY)
     except OSError as error:
         raise ValueError(f"cannot be read: {error.strerror}") from None
     try:
