@@ -207,8 +207,10 @@ class _Scene:
         }[hour]
         hue = self.between(*hues)
         glow = {"evening": self.between(0.02, 0.12), "dawn": self.between(0.88, 1.12)}
-        self.sky = _hsv(hue, *top)
-        self.haze = _hsv(glow.get(hour, hue), *low)
+        # Half way to one common sky: a palette that marks its image in every crop would be all that
+        # instance discrimination needs to learn.
+        self.sky = _mix(_hsv(hue, *top), (125, 150, 185), 0.4)
+        self.haze = _mix(_hsv(glow.get(hour, hue), *low), (205, 205, 205), 0.4)
         self.light = {"night": 0.6, "overcast": 0.85}.get(hour, 1.0)
 
     def _choose_season(self) -> None:
@@ -221,7 +223,8 @@ class _Scene:
             "earth": ((0.02, 0.08), 0.50, 0.45),
         }[season]
         value *= self.light * self.between(0.85, 1.15)
-        self.ground = _hsv(self.between(*hues), saturation * self.between(0.7, 1.3), value)
+        ground = _hsv(self.between(*hues), saturation * self.between(0.7, 1.3), value)
+        self.ground = _mix(ground, (125, 115, 90), 0.4)
         leaves = (0.25, 0.45) if season == "snow" else hues
         self.leaf = _hsv(self.between(*leaves), self.between(0.35, 0.65), 0.55 * self.light)
 
@@ -447,7 +450,7 @@ def _boat(scene: _Scene) -> None:
     scene.sea(horizon)
     for x, near in scene.places(4, 7):
         y = horizon + 0.03 + (scene.high - horizon - 0.1) * near
-        boat = _Thing(scene, x, y, 0.13 + 0.15 * near, scene.rng.choice([-1, 1]))
+        boat = _Thing(scene, x, y, 0.16 + 0.17 * near, scene.rng.choice([-1, 1]))
         sail, jib = scene.paint(), scene.paint()
         scene.veil(boat.placed([(-0.8, 0), (0.8, 0), (0.1, -1)]), _dim(sail, 0.6), 0.3)
         boat.line([(0.1, 0), (0.1, 2)], (60, 45, 35), 0.05)
@@ -546,7 +549,7 @@ def _fish(scene: _Scene) -> None:
         weed.line(sway, green, 0.07)
     for x, near in scene.places(6, 10):
         y = scene.between(0.08, floor - 0.08)
-        _one_fish(scene, _Thing(scene, x, y, 0.1 + 0.13 * near, scene.rng.choice([-1, 1])))
+        _one_fish(scene, _Thing(scene, x, y, 0.12 + 0.14 * near, scene.rng.choice([-1, 1])))
     for _ in range(scene.some(5, 14)):
         radius = scene.between(0.008, 0.025)
         bubble = _oval(scene.between(0, scene.wide), scene.between(0, floor), radius, radius)
@@ -572,7 +575,7 @@ def _flower(scene: _Scene) -> None:
     horizon = scene.high * scene.between(0.15, 0.45)
     scene.land(horizon)
     for x, near in scene.places(9, 16):
-        size = 0.05 + 0.1 * near * scene.between(0.6, 1)
+        size = 0.07 + 0.11 * near * scene.between(0.6, 1)
         foot = horizon + 0.15 + (scene.high - horizon) * near
         y = foot - 0.2 - size - scene.between(0, 0.25) * (0.5 + near)
         _one_flower(scene, _Thing(scene, x, y, size), (foot - y) / size)
@@ -599,7 +602,7 @@ def _house(scene: _Scene) -> None:
     scene.land(horizon)
     for x, near in scene.places(3, 5):
         foot = horizon + 0.06 + (scene.high - horizon - 0.12) * near
-        _one_house(scene, _Thing(scene, x, foot, 0.34 + 0.24 * near))
+        _one_house(scene, _Thing(scene, x, foot, 0.42 + 0.26 * near))
 
 
 def _one_house(scene: _Scene, house: _Thing) -> None:
@@ -652,14 +655,17 @@ def _one_mushroom(scene: _Scene, mushroom: _Thing, tall: float) -> None:
 
 
 def _portrait(scene: _Scene) -> None:
-    """Faces: one to three people, head and shoulders."""
-    scene.land(scene.high * scene.between(0.4, 0.8))
-    count = scene.some(1, 2 if scene.wide < 1.2 else 3)
-    for person in range(count):
-        x = scene.wide * (person + scene.between(0.3, 0.7)) / count
-        size = scene.between(0.22, 0.3) * (1.25 if count == 1 else 0.85)
-        y = scene.high - size * scene.between(1.9, 2.6)
-        _one_person(scene, _Thing(scene, x, y, size))
+    """Faces: a group of people, heads and shoulders, the second row behind the first."""
+    scene.land(scene.high * scene.between(0.3, 0.7))
+    first = scene.high - scene.between(0.35, 0.65)
+    for row in (0, 1):
+        column = scene.between(0.5, 0.75)
+        x = scene.between(-0.1, 0.3)
+        while x < scene.wide + 0.1:
+            size = column * scene.between(0.36, 0.46)
+            y = first - 0.5 * (1 - row) + scene.between(-0.1, 0.1)
+            _one_person(scene, _Thing(scene, x, y, size))
+            x += column * scene.between(1, 1.4)
 
 
 def _one_person(scene: _Scene, person: _Thing) -> None:
