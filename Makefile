@@ -47,7 +47,7 @@ check-wheel: $(VENV)/.installed-check
 	$(VENV)/bin/check-wheel-contents dist/*.whl
 
 bench: $(VENV)/.installed ## Measure the input pipeline: make bench DATA=/folder/of/images
-	$(VENV)/bin/python -m benchmarks.pirl_loader $(if $(DATA),--data '$(DATA)') $(ARGS)
+	$(VENV)/bin/python -m benchmarks.pirl_loader '$(DATA)' $(ARGS)
 
 clean: ## Remove the virtual environment and what was built; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

@@ -1,1 +1,1 @@
-"""Measurements: how many images a second, compared with what. Results in benchmarks/results/*.json."""
+"""How many images a second, and compared with what; results are in benchmarks/results/."""

@@ -41,7 +41,9 @@ RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "pirl_jigsaw.yaml"
 
 def main() -> None:
     """Measures, prints the table and writes the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("overrides", nargs="*", help="section.key=value")
     parser.add_argument("--batch", type=int, default=64)
@@ -126,7 +128,9 @@ def measure(recipe: config.Recipe, batch: int, rounds: int, seconds: float) -> d
         "batch": batch,
         "images": len(samples.usable),
         "mean_pixels": float((samples.height.astype(float) * samples.width).mean()),
-        "mean_bytes": float(np.mean([os.path.getsize(samples.path(int(r))) for r in samples.usable])),
+        "mean_bytes": float(
+            np.mean([os.path.getsize(samples.path(int(r))) for r in samples.usable])
+        ),
         "threads": threads,
         "manifest": manifest(),
     }
@@ -156,17 +160,17 @@ def table(result: dict) -> str:
         for other in ("pil", "decode", "graph"):
             each = sorted(a / b for a, b in zip(values, rates[other], strict=True))
             ratios.append(f"{statistics.median(each):.2f} ({each[0]:.2f} - {each[-1]:.2f})")
-        middle = statistics.median(values)
-        lines.append(
-            f"| {name} | {middle:.0f} ({min(values):.0f} - {max(values):.0f}) | {' | '.join(ratios)} |"
-        )
+        middle = f"{statistics.median(values):.0f} ({min(values):.0f} - {max(values):.0f})"
+        lines.append(f"| {name} | {middle} | {' | '.join(ratios)} |")
     return "\n".join(lines)
 
 
 def manifest() -> dict:
     """The machine, the versions, the command and the commit."""
     cpu = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")]
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
     return {
         "cpu": cpu[0].split(":")[1].strip() if cpu else platform.processor(),
         "cores_allowed": len(os.sched_getaffinity(0)),

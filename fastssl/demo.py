@@ -207,10 +207,10 @@ class _Scene:
         }[hour]
         hue = self.between(*hues)
         glow = {"evening": self.between(0.02, 0.12), "dawn": self.between(0.88, 1.12)}
-        # Half way to one common sky: a palette that marks its image in every crop would be all that
-        # instance discrimination needs to learn.
-        self.sky = _mix(_hsv(hue, *top), (125, 150, 185), 0.4)
-        self.haze = _mix(_hsv(glow.get(hour, hue), *low), (205, 205, 205), 0.4)
+        # Drawn towards one common sky: a palette that marks its image in every crop would be all
+        # that instance discrimination has to learn.
+        self.sky = _mix(_hsv(hue, *top), (125, 150, 185), 0.25)
+        self.haze = _mix(_hsv(glow.get(hour, hue), *low), (205, 205, 205), 0.25)
         self.light = {"night": 0.6, "overcast": 0.85}.get(hour, 1.0)
 
     def _choose_season(self) -> None:
@@ -224,7 +224,7 @@ class _Scene:
         }[season]
         value *= self.light * self.between(0.85, 1.15)
         ground = _hsv(self.between(*hues), saturation * self.between(0.7, 1.3), value)
-        self.ground = _mix(ground, (125, 115, 90), 0.4)
+        self.ground = _mix(ground, (125, 115, 90), 0.25)
         leaves = (0.25, 0.45) if season == "snow" else hues
         self.leaf = _hsv(self.between(*leaves), self.between(0.35, 0.65), 0.55 * self.light)
 
@@ -655,17 +655,14 @@ def _one_mushroom(scene: _Scene, mushroom: _Thing, tall: float) -> None:
 
 
 def _portrait(scene: _Scene) -> None:
-    """Faces: a group of people, heads and shoulders, the second row behind the first."""
+    """Faces: people side by side, heads and shoulders."""
     scene.land(scene.high * scene.between(0.3, 0.7))
-    first = scene.high - scene.between(0.35, 0.65)
-    for row in (0, 1):
-        column = scene.between(0.5, 0.75)
-        x = scene.between(-0.1, 0.3)
-        while x < scene.wide + 0.1:
-            size = column * scene.between(0.36, 0.46)
-            y = first - 0.5 * (1 - row) + scene.between(-0.1, 0.1)
-            _one_person(scene, _Thing(scene, x, y, size))
-            x += column * scene.between(1, 1.4)
+    x = scene.between(-0.1, 0.35)
+    while x < scene.wide + 0.1:
+        size = scene.between(0.24, 0.33)
+        y = scene.high - size * scene.between(1.7, 2.5)
+        _one_person(scene, _Thing(scene, x, y, size))
+        x += scene.between(0.5, 0.8)
 
 
 def _one_person(scene: _Scene, person: _Thing) -> None:

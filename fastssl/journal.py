@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, trackers, and a progress bar (or lines, where there is no terminal).
+"""What a run tells: metrics.jsonl, trackers, and a progress bar (lines, where no terminal is).
 
 Only the main process writes; on the others every call is free.
 """
@@ -43,7 +43,8 @@ class Journal:
         self._progress: Progress | None = None
         self._task = TaskID(0)
         accelerator.init_trackers(
-            "fastssl", {f"{s}.{k}": str(v) for s, keys in recipe.values.items() for k, v in keys.items()}
+            "fastssl",
+            {f"{s}.{k}": str(v) for s, keys in recipe.values.items() for k, v in keys.items()},
         )
         if not self._main:
             return
@@ -59,7 +60,9 @@ class Journal:
                 TimeRemainingColumn(),
                 console=self._console,
             )
-            self._task = self._progress.add_task(recipe.name, total=steps, completed=start, state="")
+            self._task = self._progress.add_task(
+                recipe.name, total=steps, completed=start, state=""
+            )
             self._progress.start()
 
     def step(self, step: int) -> None:
@@ -141,7 +144,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit(folder: Path) -> dict[str, str | None]:
-    """The checkout's commit and what differs from it; nothing where there is no git or no checkout."""
+    """The checkout's commit and what differs from it; nothing without git or a checkout."""
 
     def git(*arguments: str) -> str | None:
         try:
@@ -178,7 +181,7 @@ def _cut_back(path: Path, start: int) -> None:
 
 
 def _state(values: Mapping[str, float | int | str]) -> str:
-    """loss 9.21  lr 0.03  412 images/s  data-wait 3 %  ..."""
+    """The text behind the bar: loss 9.21  lr 0.03  412 images/s  data-wait 3 %  ..."""
     parts = []
     for key, value in values.items():
         match key:

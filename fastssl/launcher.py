@@ -39,8 +39,8 @@ def _start_them_all() -> None:
     processes = _value(command, "num_processes")
     if processes is None or (_value(command, "num_machines") or "1") != "1":
         sys.exit(
-            "error: accelerate launch was asked for several CPU processes and starts only one; start "
-            f"them with: torchrun --nproc_per_node N {' '.join(sys.argv)}"
+            "error: accelerate launch was asked for several CPU processes and starts only one; "
+            f"start them with: torchrun --nproc_per_node N {' '.join(sys.argv)}"
         )
     for name in ("MASTER_ADDR", "MASTER_PORT"):  # torchrun finds a free port of its own
         del os.environ[name]

@@ -1,5 +1,4 @@
-"""One process's batches, from encoded images to channels-last torch tensors: the seam between DALI
-and torch.
+"""One process's batches of channels-last tensors: the seam between DALI and torch.
 
 A `Loader` is endless and counts steps. What it gives at a step is a function of the file list, the
 order plan, the seed and the files that turned out undecodable on the way: `state()` and `resume()`
@@ -169,7 +168,7 @@ class Loader:
         return torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
 
     def _rows_or_others(self, step: int) -> np.ndarray:
-        """The plan's rows of a step; in place of an undecodable one the next usable in the listing."""
+        """The plan's rows of a step; for an undecodable one, the next usable in the listing."""
         rows = self._rows(step)
         if not self.skipped:
             return rows

@@ -1,9 +1,9 @@
-"""Which images each process sees at which step: pure functions of numbers, so that order, sharding,
-exactly-once and resume can be tested without a loader.
+"""Which images each process sees at which step.
 
-A step's images are one run of the epoch's permutation, cut into one piece a rank: two processes with
-half the batch see at each step what one process with the whole batch sees. `rank` and `world` are
-global: with the local rank every machine would read the same shards.
+Pure functions of numbers, so that order, sharding, exactly-once and resume can be tested without a
+loader. A step's images are one run of the epoch's permutation, cut into one piece a rank: two
+processes with half the batch see at each step what one process with the whole batch sees. `rank`
+and `world` are global: with the local rank every machine would read the same shards.
 """
 
 from functools import lru_cache
@@ -16,9 +16,7 @@ def steps_per_epoch(count: int, world: int, batch: int) -> int:
     return -(-count // (world * batch))
 
 
-def shuffled(
-    count: int, seed: int, epoch: int, rank: int, world: int, batch: int
-) -> np.ndarray:
+def shuffled(count: int, seed: int, epoch: int, rank: int, world: int, batch: int) -> np.ndarray:
     """The positions (0 ... count - 1) that `rank` sees in `epoch`: int64 [steps, batch].
 
     Each position once over all ranks, then the epoch's first ones again to fill the last step, so
@@ -40,7 +38,9 @@ def _piece(whole: np.ndarray, rank: int, world: int, batch: int) -> np.ndarray:
     return filled.reshape(steps, world, batch)[:, rank]
 
 
-@lru_cache(maxsize=2)  # an epoch's order is asked for at every step, the next one's while prefetching
+@lru_cache(
+    maxsize=2
+)  # an epoch's order is asked for at every step, the next one's while prefetching
 def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
     generator = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, epoch))))
     return generator.permutation(count)

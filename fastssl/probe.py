@@ -1,7 +1,7 @@
 """How good the features are while the backbone trains: weighted k-nearest-neighbour classification.
 
-Cosine similarity, votes weighted by exp(similarity / temperature) (Wu et al. 2018, section 3.4; k 200
-and temperature 0.07 there). Images go through the evaluation graph; all processes share the work.
+Cosine similarity, votes weighted by exp(similarity / temperature) (Wu et al. 2018, section 3.4;
+k 200 and temperature 0.07 there). Images go through the evaluation graph; all processes share the work.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,9 @@ class Options:
     every_epochs: int = 0  # 0: before the first step and after the last only
     neighbours: tuple[int, ...] = (20, 200)  # each capped at the number of training images
     temperature: float = 0.07
-    images: int = 100_000  # of the training split at most, evenly spaced: their features stay in memory
+    images: int = (
+        100_000  # of the training split at most, evenly spaced: their features stay in memory
+    )
     batch: int = 128  # images a process and pass
 
     def __post_init__(self) -> None:
@@ -83,9 +85,7 @@ class Knn:
         self._reader, self._graph, self._evaluation = reader, graph, evaluation
         self._options, self._threads, self._say = options, threads, say
         self._splits = {
-            name: reader.list_samples(
-                replace(data, root=str(root / name)), cache=cache, say=say
-            )
+            name: reader.list_samples(replace(data, root=str(root / name)), cache=cache, say=say)
             for name in ("train", "val")
         }
         for name, samples in self._splits.items():

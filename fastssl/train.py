@@ -20,6 +20,9 @@ from typing import Any
 
 if not __package__:  # run as a script: let imports start at the checkout, not inside fastssl/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+# OpenMP's threads spin while they wait, on cores that the loader's threads need: on two busy cores
+# a small CPU run is ten times slower without this. Read once, when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 import torch
@@ -79,7 +82,7 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
         Diverged: the loss is not a number.
         checkpoint.CheckpointError: the last checkpoint could not be written.
     """
-    # ---- What is to be done: nothing below has touched a device, nothing is written yet -----------
+    # ---- What is to be done: nothing below has touched a device, nothing is written yet --------
     options, out = recipe.train, Path(recipe.train.out or Path("runs") / recipe.name)
     rank, world = _environment("RANK", 0), _environment("WORLD_SIZE", 1)
     say = _say if rank == 0 else _silent
@@ -90,6 +93,10 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
             f"train.accumulate ({options.accumulate})"
         )
     batch = options.batch // world  # images of this process in an optimizer step
+    on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU") == "True"
+    if options.sync_batchnorm and on_cpu:
+        raise config.RecipeError("train.sync_batchnorm (true) needs GPUs: give false")
+    precision = _precision(options.precision, on_cpu)
     if recipe.demo:
         say("data.root is not given: the built-in images and the recipe's demo section are used")
         demo.render(say=say_here)
@@ -128,11 +135,10 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
         until_the_end.enter_context(run_folder.lock(out))
         start = run_folder.open_run(out, options.resume, recipe.values)
 
-    # ---- Devices and processes --------------------------------------------------------------------
-    on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU") == "True"
+    # ---- Devices and processes -----------------------------------------------------------------
     accelerator = Accelerator(
         cpu=on_cpu,  # without a word, several processes on a CPU would each think they are alone
-        mixed_precision=_precision(options.precision),
+        mixed_precision=precision,
         log_with=list(options.trackers) or None,
         project_dir=out,
         # Buffers are each process's own: batch norm's are copied from rank 0 before a probe, and a
@@ -148,7 +154,7 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
         torch.set_num_threads(threads_per_process(_environment("LOCAL_WORLD_SIZE", 1)))
     assert (distributed.rank(), distributed.world()) == (rank, world), "launcher and group disagree"
     # Signals and states are agreed on over the CPU, so that no step waits for a GPU.
-    control = dist.new_group(backend="gloo") if world > 1 else None
+    control: Any = dist.new_group(backend="gloo") if world > 1 else None
     start = _from_first(start, control)
     saved = checkpoint.load(start) if start is not None else None
     if saved is not None:
@@ -156,7 +162,7 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
     if rank == 0:
         journal.write_start(out, recipe, accelerator, start)
 
-    # ---- Data -------------------------------------------------------------------------------------
+    # ---- Data ----------------------------------------------------------------------------------
     micro = batch // options.accumulate
 
     def rows_of_step(step: int, rank: int, world: int, batch: int) -> np.ndarray:
@@ -184,12 +190,12 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
         say=_say,
     )
 
-    # ---- Model and optimizer ----------------------------------------------------------------------
+    # ---- Model and optimizer -------------------------------------------------------------------
     set_seed(options.seed)  # the same weights on every process
     torch.backends.cudnn.benchmark = True
     torch.set_float32_matmul_precision("high")
     backbone = recipe.backbone.module.backbone(recipe.backbone.options)
-    objective = recipe.objective.module.Objective(
+    objective: Any = recipe.objective.module.Objective(
         backbone,
         recipe.objective.options,
         images=len(samples),
@@ -197,10 +203,10 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
         seed=options.seed,
     )
     objective = objective.to(device=device, memory_format=torch.channels_last)
-    if options.sync_batchnorm and world > 1 and device.type == "cuda":
+    if options.sync_batchnorm and world > 1:
         objective = torch.nn.SyncBatchNorm.convert_sync_batchnorm(objective)
     if options.compile:
-        objective.backbone.compile()
+        backbone.compile()
     optimizer = optim.optimizer(recipe.optim, objective)
     with warnings.catch_warnings():
         # torch 2.15 renames broadcast_buffers; Accelerate 1.15 does not know the new name yet.
@@ -209,7 +215,7 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
     model.train()
     set_seed(_stream(options.seed, rank))  # dropout and the like differ between processes
 
-    # ---- On from where it stopped -----------------------------------------------------------------
+    # ---- On from where it stopped --------------------------------------------------------------
     step = 0
     if saved is not None:
         objective.load_state_dict(saved["objective"])
@@ -238,7 +244,7 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
         }
         return checkpoint.save(out / "checkpoints", step, state, options.keep)
 
-    # ---- Probe ------------------------------------------------------------------------------------
+    # ---- Probe ---------------------------------------------------------------------------------
     log = journal.Journal(out, accelerator, recipe, steps=steps, start=step)
     until_the_end.callback(log.close)
     folder = probe.folder_of(recipe.probe, recipe.data.options)
@@ -263,13 +269,13 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
         """The kNN accuracy of the backbone as it is, into the journal."""
         if knn is None:
             return
-        accuracies = knn.accuracies(objective.backbone, accelerator)
+        accuracies = knn.accuracies(backbone, accelerator)
         (k, accuracy), *others = accuracies.items()
         line = {"accuracy": accuracy, "neighbours": k}
         log.probe(step, "knn", line | {f"accuracy_k{k}": value for k, value in others})
         log.say(f"step {step}: kNN accuracy (k = {k}) {accuracy:.1%}")
 
-    # ---- Train loop -------------------------------------------------------------------------------
+    # ---- Train loop ----------------------------------------------------------------------------
     log.say(
         optim.summary(
             recipe.optim,
@@ -281,11 +287,14 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
             steps=planned,
         )
     )
-    log.say(f"{device}, {accelerator.mixed_precision}, {threads} loader threads a process, run {out}")
+    log.say(
+        f"{device}, {accelerator.mixed_precision}, {threads} loader threads a process, run {out}"
+    )
     if start is not None:
         log.say(f"going on from {start} (step {step})")
     if step == 0:
         measure()
+    tensors: dict[str, Tensor] = {}
     recent: list[tuple[Tensor, dict[str, Tensor]]] = []  # loss and metrics since the last line
     began = time.perf_counter()
     stop = until_the_end.enter_context(_signals())
@@ -351,7 +360,7 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
         began = time.perf_counter()  # checkpoints and probes are no training time
         loader.data_wait()
 
-    # ---- Stopped, or done -------------------------------------------------------------------------
+    # ---- Stopped, or done ----------------------------------------------------------------------
     written = save()
     if step < steps:
         log.say(f"stopped by {stop.name} at step {step} of {steps}; {written} holds it all:")
@@ -359,7 +368,7 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
     else:
         measure()
         if rank == 0:
-            export.save_backbone(out, objective.backbone, recipe, step=step)
+            export.save_backbone(out, backbone, recipe, step=step)
             _last_words(out, log)
     return STOPPED if step < steps else 0
 
@@ -442,12 +451,11 @@ def _last_words(out: Path, log: journal.Journal) -> None:
     log.say(f"done: {out}/backbone.safetensors, {out}/backbone.json, {out}/metrics.jsonl")
 
 
-def _precision(asked: str) -> str:
-    """What Accelerate calls it. auto: bf16 on a GPU that has it, fp16 on an older one, else fp32."""
-    cuda = torch.cuda.is_available()
+def _precision(asked: str, on_cpu: bool) -> str:
+    """What Accelerate calls it; auto: bf16 on a GPU that has it, fp16 on others, else fp32."""
     if asked == "auto":
-        asked = ("bf16" if torch.cuda.is_bf16_supported() else "fp16") if cuda else "fp32"
-    if asked == "fp16" and not cuda:
+        asked = "fp32" if on_cpu else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    if asked == "fp16" and on_cpu:
         raise config.RecipeError("train.precision (fp16) needs a GPU: give fp32, bf16 or auto")
     return "no" if asked == "fp32" else asked
 
@@ -470,7 +478,7 @@ def _all_to_first(value: object, control: "dist.ProcessGroup | None") -> list[An
     """Every process's value in rank order, on rank 0; elsewhere a list of nothing."""
     if control is None:
         return [value]
-    boxes = [None] * dist.get_world_size()
+    boxes: list[Any] = [None] * dist.get_world_size()
     dist.gather_object(value, boxes if dist.get_rank() == 0 else None, dst=0, group=control)
     return boxes
 

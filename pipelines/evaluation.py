@@ -1,7 +1,7 @@
 """The image as probes see it, and as whoever loads the backbone should prepare it.
 
-Resize of the short side, then the middle: torchvision's Resize(resize) and CenterCrop(crop), bilinear
-and antialiased. `tests/test_evaluation.py` bounds the difference.
+Resize of the short side, then the middle: torchvision's Resize(resize) and CenterCrop(crop),
+bilinear and antialiased. `tests/test_evaluation.py` bounds the difference.
 """
 
 from dataclasses import dataclass

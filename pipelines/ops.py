@@ -1,7 +1,7 @@
 """What graphs share: nodes in, nodes out. The only file that tells the CPU backend from the GPU.
 
-An image is uint8 HWC, patches are uint8 FHWC (F patches of one size). Random parameters are drawn on
-the CPU whatever the device, because named arguments of DALI operators live there.
+An image is uint8 HWC, patches are uint8 FHWC (F patches of one size). Random parameters are drawn
+on the CPU whatever the device, because named arguments of DALI operators live there.
 """
 
 from collections.abc import Sequence
@@ -57,8 +57,8 @@ def random_resized_crop(
 def center_crop(image: DataNode, resize: int, crop: int) -> DataNode:
     """The middle `crop` x `crop` of the image resized to a short side of `resize`.
 
-    Bilinear with antialiasing, as torchvision's Resize + CenterCrop. Only the pixels of the crop are
-    resampled.
+    Bilinear with antialiasing, as torchvision's Resize + CenterCrop. Only the pixels of the crop
+    are resampled.
     """
     return fn.resize_crop_mirror(
         image,
@@ -89,9 +89,9 @@ def color_jitter(
 ) -> DataNode:
     """Random brightness, contrast, saturation and hue, as torchvision's ColorJitter counts them.
 
-    Contrast pivots on mid-grey (128), where torchvision pivots on the image's mean grey; hue turns in
-    the YIQ plane, where torchvision turns in HSV. Without saturation and hue the cheaper operator is
-    used (224 x 224 on the CPU: 0.1 ms of CPU instead of 1.5).
+    Contrast pivots on mid-grey (128), where torchvision pivots on the image's mean grey; hue turns
+    in the YIQ plane, where torchvision turns in HSV. Without saturation and hue the cheaper
+    operator is used (224 x 224 on the CPU: 0.1 ms of CPU instead of 1.5).
 
     Args:
         pixels: uint8 HWC, or FHWC with `patches`.
@@ -129,8 +129,8 @@ def random_grayscale(
 ) -> DataNode:
     """Makes R = G = B exactly (BT.601 luma) with `probability`, for each patch on its own.
 
-    In integers all the way: `fn.hsv(saturation=0)` leaves the channels up to 1.2 apart, a colour leak
-    that a network can read.
+    In integers all the way: `fn.hsv(saturation=0)` leaves the channels up to 1.2 apart, a colour
+    leak that a network can read.
     """
     if probability == 0:
         return pixels
@@ -154,14 +154,21 @@ def random_permutation(cells: int, count: int | None = None) -> DataNode:
     """
     if count is not None:
         table = permutation_set(cells, count)
-        return fn.cast(Constant(table, device="cpu")[_integers(count)], dtype=DALIDataType.INT64)
+        return fn.cast(_table(table)[_integers(count)], dtype=DALIDataType.INT64)
     # The ranks of random keys: a table of all 9! rows would cost seconds at every start. The low
-    # digit makes keys distinct, so that two equal draws (once in 500,000 images) still give an order.
+    # digit makes keys distinct: two equal draws (once in 500,000 images) still give an order.
     drawn = fn.random.uniform(range=[0.0, 1.0], shape=[cells])
     keys = fn.cast(drawn * float(2**24), dtype=DALIDataType.INT32) * 16
-    keys = keys + Constant(np.arange(cells, dtype=np.int32), device="cpu")
+    keys = keys + _table(np.arange(cells, dtype=np.int32))
     smaller = fn.reshape(keys, shape=[1, cells]) < fn.reshape(keys, shape=[cells, 1])
     return fn.reductions.sum(fn.cast(smaller, dtype=DALIDataType.INT64), axes=[1])
+
+
+def _table(values: np.ndarray) -> DataNode:
+    """The same array for every image, on the CPU."""
+    node = Constant(values, device="cpu")
+    assert isinstance(node, DataNode)  # a scalar would stay a constant
+    return node
 
 
 def _integers(below: int, shape: Sequence[int] = ()) -> DataNode:
@@ -192,12 +199,12 @@ def random_patches(
     cell = side // grid
     count = grid * grid
     corners = np.array([(cell * (i // grid), cell * (i % grid)) for i in range(count)], np.int32)
-    corner = Constant(corners, device="cpu")
+    corner = _table(corners)
     if gap:
         offset = _integers(cell - patch + 1, shape=[count, 2])
     else:
         middle = (cell - patch) // 2
-        offset = Constant(np.full((count, 2), middle, np.int32), device="cpu")
+        offset = _table(np.full((count, 2), middle, np.int32))
     cut = [
         fn.slice(image, start=corner[order[k]] + offset[k], shape=[patch, patch], axes=[0, 1])
         for k in range(count)
@@ -209,8 +216,8 @@ def random_patches(
 def permutation_set(cells: int, count: int) -> np.ndarray:
     """A far-apart set of `count` orders: int32 [count, cells], the same in every run.
 
-    Greedy: from a fixed first one, the next is that with the greatest mean Hamming distance to those
-    chosen (Noroozi & Favaro 2016, section 3.3; the lowest in lexicographic order among equals).
+    Greedy: from a fixed first one, the next is that with the greatest mean Hamming distance to
+    those chosen (Noroozi & Favaro 2016, section 3.3; the lowest in lexicographic order among equals).
 
     Raises:
         ValueError: there are not that many.

@@ -14,7 +14,7 @@ from pipelines import ops
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Sizes in pixels a side. Where the paper is silent, VISSL's pirl_jigsaw_4node recipe is taken."""
+    """Sizes in pixels a side. Where the paper is silent, VISSL's pirl_jigsaw_4node counts."""
 
     image_size: int = 224
     image_area: tuple[float, float] = (0.08, 1.0)  # VISSL; lemniscate's NPID: 0.2 ... 1
@@ -42,7 +42,7 @@ class Options:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least {least}")
         if self.grid > 3:
             raise ValueError(
-                f"grid ({self.grid}) must be 2 or 3: 4 x 4 cells have 2e13 orders, more than a table holds"
+                f"grid ({self.grid}) must be 2 or 3: 4 x 4 cells have more orders than can be listed"
             )
         if self.patches_crop % self.grid:
             near = self.patches_crop - self.patches_crop % self.grid
@@ -58,7 +58,9 @@ class Options:
         for name in ("image_area", "patches_area"):
             low, high = getattr(self, name)
             if not 0 < low <= high <= 1:
-                raise ValueError(f"{name} ([{low}, {high}]) must be two ascending fractions in 0 ... 1")
+                raise ValueError(
+                    f"{name} ([{low}, {high}]) must be two ascending fractions in 0 ... 1"
+                )
         for name in ("flip", "grayscale"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be a probability, 0 ... 1")
@@ -69,7 +71,7 @@ class Options:
             raise ValueError(f"hue ({self.hue}) must be a part of a full turn, 0 ... 0.5")
         if self.permutations is not None and not 1 <= self.permutations <= self.orders:
             raise ValueError(
-                f"permutations ({self.permutations}) must be in 1 ... {self.orders}, or null for all"
+                f"permutations ({self.permutations}) must be in 1 ... {self.orders}, null for all"
             )
 
     @property

@@ -5,6 +5,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in train.py; before torch is imported
+
 import numpy as np
 import pytest
 from nvidia.dali import fn
@@ -60,7 +62,7 @@ def run_graph() -> Callable[..., dict[str, np.ndarray]]:
             )
             outputs = module.graph(source, index, options, "cpu")
             pipeline.set_outputs(*outputs.values())
-        batches = [[np.array(each.as_array()) for each in pipeline.run()] for _ in range(runs)]
+        batches = [[np.asarray(each.as_tensor()) for each in pipeline.run()] for _ in range(runs)]
         together = [np.concatenate(same) for same in zip(*batches, strict=True)]
         return dict(zip(outputs, together, strict=True))
 

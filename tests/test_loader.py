@@ -31,7 +31,7 @@ def listing(root: Path) -> folder.Samples:
     return folder.list_samples(folder.Options(root=str(root)), cache=None, say=lambda _: None)
 
 
-def loader(samples, *, batch=8, seed=1, graph=pirl_jigsaw, options=SMALL, said=None, **arguments):
+def loader(samples, *, batch=8, seed=1, graph=(pirl_jigsaw, SMALL), said=None, **arguments):
     usable = samples.usable
     steps = order.steps_per_epoch(len(usable), 1, batch)
 
@@ -42,8 +42,8 @@ def loader(samples, *, batch=8, seed=1, graph=pirl_jigsaw, options=SMALL, said=N
     return Loader(
         folder,
         samples,
-        graph,
-        options,
+        graph[0],
+        graph[1],
         rows,
         batch=batch,
         seed=seed,
@@ -97,10 +97,10 @@ def test_a_batch_that_is_held_is_not_overwritten_by_later_ones(images):
 
 def test_an_epoch_gives_every_image_once_and_names_it_by_its_row(images):
     samples = listing(images)
-    plain = evaluation.Options(resize=32, crop=32)
-    batches = take(loader(samples, graph=evaluation, options=plain), 5)
+    plain = (evaluation, evaluation.Options(resize=32, crop=32))
+    batches = take(loader(samples, graph=plain), 5)
     by_row = {int(i): x for b in batches for i, x in zip(b["index"], b["image"], strict=True)}
-    alone = loader(samples, batch=1, graph=evaluation, options=plain)
+    alone = loader(samples, batch=1, graph=plain)
 
     assert sorted(by_row) == list(range(COUNT))
     for _ in range(5):
@@ -188,7 +188,7 @@ def test_a_folder_that_vanishes_while_training_is_an_error_that_names_it(images)
     take(batches, 1)
     shutil.rmtree(images)
 
-    with pytest.raises(DataError, match="is .*images still there and readable"):
+    with pytest.raises(DataError, match=r"is .*images still there and readable"):
         take(batches, 20)
 
 

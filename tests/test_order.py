@@ -6,7 +6,16 @@ import pytest
 from fastssl import order
 
 # (images, world, batch), the awkward ones: DALI's own policies lose or repeat images on them.
-SETTINGS = [(100, 4, 8), (81, 4, 5), (26, 4, 6), (7, 1, 7), (8, 1, 7), (1, 1, 4), (5, 3, 4), (301, 2, 16)]
+SETTINGS = [
+    (100, 4, 8),
+    (81, 4, 5),
+    (26, 4, 6),
+    (7, 1, 7),
+    (8, 1, 7),
+    (1, 1, 4),
+    (5, 3, 4),
+    (301, 2, 16),
+]
 
 
 @pytest.mark.parametrize(("count", "world", "batch"), SETTINGS)

@@ -1,4 +1,4 @@
-"""The PIRL-jigsaw graph: its labels recovered from pixels, its draws uniform, its sizes as asked."""
+"""The PIRL-jigsaw graph: labels recovered from pixels, uniform draws, sizes as asked."""
 
 import math
 
@@ -7,8 +7,8 @@ import pytest
 
 from pipelines import ops, pirl_jigsaw
 
-# Red counts columns, green counts rows: a pixel says where in the crop it came from. Encoded without
-# loss (PNG), so that positions can be read off exactly.
+# Red counts columns, green counts rows: a pixel says where in the crop it came from. Encoded
+# without loss (PNG), so that positions can be read off exactly.
 SIDE = 96
 
 
@@ -196,7 +196,10 @@ def test_sizes_are_as_asked(run_graph, png_of, size):
     ("options", "message"),
     [
         ({"patch": 90}, r"patch \(90\) must fit in a cell \(85 = patches_crop 255 / grid 3\)"),
-        ({"patches_crop": 256}, r"patches_crop \(256\) must be a multiple of grid \(3\): 255 or 258"),
+        (
+            {"patches_crop": 256},
+            r"patches_crop \(256\) must be a multiple of grid \(3\): 255 or 258",
+        ),
         ({"grid": 4}, r"grid \(4\) must be 2 or 3"),
         ({"image_size": 4}, r"image_size \(4\) must be at least 8"),
         ({"image_area": (0.5, 0.2)}, r"image_area \(\[0.5, 0.2\]\) must be two ascending"),

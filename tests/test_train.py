@@ -1,4 +1,4 @@
-"""The main job, whole: what a run leaves behind, exact resume, signals, several processes, mistakes."""
+"""The main job, whole: what a run leaves, exact resume, signals, several processes, mistakes."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def data(tmp_path_factory, demo_images) -> Path:
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory, checkout) -> Path:
-    """The real recipe with another backbone; its demo section, which is for ResNets, is left out."""
+    """The real recipe with another backbone, and without its demo section (for ResNets)."""
     text = (checkout / "recipes" / "pirl_jigsaw.yaml").read_text()
     text = text[: text.index("\ndemo:")]
     network = "use: fastssl.backbones.resnet\n  name: resnet50\n"
@@ -82,6 +82,12 @@ def whole(recipe, data, tmp_path_factory) -> Path:
 
 def lines(out: Path, probes: bool = False) -> list[dict]:
     return [line for line in journal.read(out) if ("probe" in line) == probes]
+
+
+def newest(out: Path) -> Path:
+    found = checkpoint.latest(out / "checkpoints")
+    assert found is not None
+    return found
 
 
 def assert_same_run(out: Path, other: Path) -> None:
@@ -124,7 +130,7 @@ def stop_at(monkeypatch, step: int, number: signal.Signals = signal.SIGTERM) -> 
     monkeypatch.setattr(journal.Journal, "step", signalled)
 
 
-# ---- What a run leaves behind -------------------------------------------------------------------
+# ---- What a run leaves behind ------------------------------------------------------------------
 
 
 def test_a_run_leaves_metrics_probes_weights_and_how_it_was_made(whole):
@@ -135,12 +141,14 @@ def test_a_run_leaves_metrics_probes_weights_and_how_it_was_made(whole):
     assert [line["step"] for line in training] == list(range(1, STEPS + 1))
     assert [line["epoch"] for line in training] == [0] * 5 + [1] * 5 + [2] * 5
     wanted = {"loss", "lr", "images_per_second", "patches_per_second", "data_wait"}
-    assert all(wanted | {"agreement", "std", "accuracy", "chance"} <= line.keys() for line in training)
+    assert all(
+        wanted | {"agreement", "std", "accuracy", "chance"} <= line.keys() for line in training
+    )
     assert all(line["patches_per_second"] == 9 * line["images_per_second"] for line in training)
     assert all(0 <= line["data_wait"] <= 1 for line in training)
     assert [(line["step"], line["probe"]) for line in probes] == [(0, "knn"), (STEPS, "knn")]
     assert all(0 <= line["accuracy"] <= 1 for line in probes)
-    assert environment["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(environment["versions"]["torch"])  # 2.15.0+cu132
     assert card["step"] == STEPS
     assert (whole / "recipe.yaml").exists()
     kept = sorted(path.name for path in (whole / "checkpoints").iterdir())
@@ -164,7 +172,9 @@ def test_the_same_seed_gives_the_same_run_and_another_another(whole, command):
     assert lines(out.parent / "other")[0]["loss"] != lines(whole)[0]["loss"]
 
 
-def test_parts_of_a_batch_see_the_images_of_the_whole_and_fill_the_bank_once(command, tmp_path, monkeypatch):
+def test_parts_of_a_batch_see_the_images_of_the_whole_and_fill_the_bank_once(
+    command, tmp_path, monkeypatch
+):
     spy = ["objective.use=tests.spy_objective", "train.epochs=1"]
     seen = {}
     for parts in (1, 4):
@@ -190,18 +200,18 @@ def test_trackers_are_told(command, tmp_path):
     assert list((tmp_path / "run").glob("**/events.out.tfevents*"))
 
 
-# ---- Stopping and going on ----------------------------------------------------------------------
+# ---- Stopping and going on ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", [1, 4, 5, 7, 10, 14])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("step", "number"),
+    [(step, signal.SIGTERM) for step in (1, 4, 5, 7, 10, 14)] + [(3, signal.SIGINT)],
+)
 def test_a_stopped_run_goes_on_bit_for_bit(whole, command, tmp_path, monkeypatch, step, number):
-    if number == signal.SIGINT and step not in (1, 5):
-        pytest.skip("the same path as SIGTERM, tried at two steps")
     stop_at(monkeypatch, step, number)
     assert train.main(command()) == 75
     monkeypatch.undo()
-    assert checkpoint.latest(tmp_path / "run" / "checkpoints").name == f"step-{step:08d}.pt"
+    assert newest(tmp_path / "run").name == f"step-{step:08d}.pt"
     assert train.main(command()) == 0
 
     assert_same_run(tmp_path / "run", whole)
@@ -228,7 +238,9 @@ def test_a_run_goes_on_in_another_folder_from_a_checkpoint_that_is_named(whole, 
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-def launch(checkout: Path, arguments: list[str], environ: dict, cwd: Path, **more) -> subprocess.Popen:
+def launch(
+    checkout: Path, arguments: list[str], environ: dict, cwd: Path, **more
+) -> subprocess.Popen:
     script = [sys.executable, "-W", "error::UserWarning", str(checkout / "fastssl" / "train.py")]
     return subprocess.Popen(
         [*script, *arguments],
@@ -297,7 +309,15 @@ def test_the_launcher_s_end_ends_the_run_with_a_checkpoint(command, tmp_path, ch
     flags = ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no"]
     launcher = Path(sys.executable).with_name("accelerate")
     process = subprocess.Popen(
-        [launcher, "launch", *flags, "--dynamo_backend", "no", checkout / "fastssl/train.py", *arguments],
+        [
+            launcher,
+            "launch",
+            *flags,
+            "--dynamo_backend",
+            "no",
+            checkout / "fastssl/train.py",
+            *arguments,
+        ],
         env=environ,
         cwd=tmp_path,
         stdout=subprocess.DEVNULL,
@@ -311,11 +331,10 @@ def test_the_launcher_s_end_ends_the_run_with_a_checkpoint(command, tmp_path, ch
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
-    saved = checkpoint.load(checkpoint.latest(tmp_path / "run" / "checkpoints"))
-    assert saved["step"] >= 3
+    assert checkpoint.load(newest(tmp_path / "run"))["step"] >= 3
 
 
-# ---- Two processes ------------------------------------------------------------------------------
+# ---- Two processes -----------------------------------------------------------------------------
 
 
 def test_two_processes_share_the_images_and_hold_the_same_bank_and_weights(
@@ -325,13 +344,23 @@ def test_two_processes_share_the_images_and_hold_the_same_bank_and_weights(
     for world in (1, 2):
         folder = tmp_path / f"spy-{world}"
         folder.mkdir()
-        arguments = command("objective.use=tests.spy_objective", "train.epochs=2", out=f"run-{world}")
+        arguments = command(
+            "objective.use=tests.spy_objective", "train.epochs=2", out=f"run-{world}"
+        )
         if world == 1:
             monkeypatch.setenv("SPY_FOLDER", str(folder))
             assert train.main(arguments) == 0
         else:
             launcher = Path(sys.executable).with_name("accelerate")
-            flags = ["--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+            flags = [
+                "--cpu",
+                "--num_processes",
+                "2",
+                "--num_machines",
+                "1",
+                "--mixed_precision",
+                "no",
+            ]
             script = [*flags, "--dynamo_backend", "no", checkout / "fastssl" / "train.py"]
             done = subprocess.run(
                 [launcher, "launch", *script, *arguments],
@@ -361,7 +390,7 @@ def test_two_processes_share_the_images_and_hold_the_same_bank_and_weights(
     assert [line["step"] for line in lines(tmp_path / "run-2", probes=True)] == [0, 10]
 
 
-# ---- Mistakes, and what goes wrong ----------------------------------------------------------------
+# ---- Mistakes, and what goes wrong -------------------------------------------------------------
 
 
 def fails(arguments: list[str], capsys) -> str:
@@ -403,10 +432,14 @@ def test_a_batch_that_does_not_divide_says_by_what(command, capsys, monkeypatch)
 
 
 def test_half_precision_without_a_gpu_says_what_to_write(command, capsys):
-    assert "train.precision (fp16) needs a GPU: give" in fails(command("train.precision=fp16"), capsys)
+    assert "train.precision (fp16) needs a GPU: give" in fails(
+        command("train.precision=fp16"), capsys
+    )
 
 
-def test_a_graph_that_does_not_fit_the_objective_names_what_is_missing(command, capsys, data, tmp_path):
+def test_a_graph_that_does_not_fit_the_objective_names_what_is_missing(
+    command, capsys, data, tmp_path
+):
     text = Path(command()[0]).read_text()
     start, end = text.index("pipeline:"), text.index("evaluation:")
     other = tmp_path / "other.yaml"
@@ -459,7 +492,9 @@ def test_another_recipe_another_batch_or_another_file_list_is_refused_by_name(
     assert train.main(command()) == 0  # nothing was lost
 
 
-def test_another_number_of_processes_is_refused_by_name(stopped, command, checkout, environ, tmp_path):
+def test_another_number_of_processes_is_refused_by_name(
+    stopped, command, checkout, environ, tmp_path
+):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
         [*launcher, checkout / "fastssl" / "train.py", *command()],
@@ -522,7 +557,9 @@ def test_a_disk_that_is_full_for_a_while_costs_a_checkpoint_and_not_the_run(
     def full_once(*arguments):
         calls.append(arguments)
         if len(calls) == 2:
-            raise checkpoint.CheckpointError("step-8.pt could not be written: No space left on device")
+            raise checkpoint.CheckpointError(
+                "step-8.pt could not be written: No space left on device"
+            )
         return usual(*arguments)
 
     monkeypatch.setattr(checkpoint, "save", full_once)
