@@ -10,6 +10,7 @@ learn. `python -m fastssl.demo` draws them and prints where they are.
 
 import colorsys
 import fcntl
+import io
 import json
 import math
 import os
@@ -26,28 +27,36 @@ Colour = tuple[int, int, int]
 Point = tuple[float, float]
 
 SIZES = (  # pixels: 1:1, 4:3, 3:4, 3:2, 2:3, 16:9
-    (96, 96), (128, 128), (144, 144), (128, 96), (160, 120), (96, 128), (120, 160),
-    (144, 96), (156, 104), (96, 144), (104, 156), (160, 90),
-)  # fmt: skip
+    *((96, 96), (128, 128), (144, 144)),
+    *((128, 96), (160, 120), (96, 128), (120, 160)),
+    *((144, 96), (156, 104), (96, 144), (104, 156)),
+    (160, 90),
+)
 SUPERSAMPLING = 3  # drawn at three times the size a side: Pillow's own edges are not smooth
+_MANIFEST = "manifest.json"
 
 
 def cache() -> Path:
-    """The folder for what fastssl keeps between runs: FASTSSL_CACHE, or the user's cache folder."""
-    if own := os.environ.get("FASTSSL_CACHE"):
-        return Path(own).expanduser()
-    if users := os.environ.get("XDG_CACHE_HOME"):
-        return Path(users).expanduser() / "fastssl"
-    return Path("~/.cache/fastssl").expanduser()
+    """The folder for what fastssl keeps between runs: FASTSSL_CACHE, or the user's cache folder.
+
+    Raises:
+        ValueError: neither is set and the user has no home folder.
+    """
+    users = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    chosen = os.environ.get("FASTSSL_CACHE") or f"{users}/fastssl"
+    try:
+        return Path(chosen).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{chosen}: there is no home folder; set FASTSSL_CACHE") from error
 
 
 def folder() -> Path:
     """Where the built-in images are, or will be once drawn."""
-    return cache() / "images-v1"
+    return cache() / "images-v1"  # change the number when any image changes
 
 
 def render(
-    folder: Path | None = None,
+    to: Path | None = None,
     say: Callable[[str], None] = print,
     *,
     train: int = 250,
@@ -56,10 +65,11 @@ def render(
     """Draw `train/<class>/00000.jpg` ... and `val/...` unless they are there already.
 
     Any number of processes may call this at once: one draws, the others wait for it. The folder
-    appears under its name only when it is complete.
+    appears under its name only when it is complete. Bytes depend on the releases of numpy and
+    Pillow alone.
 
     Args:
-        folder: where to; `folder()` unless given.
+        to: `folder()` unless given.
         say: told when drawing starts; nothing is said when the images are there.
         train: images a class.
         val: images a class.
@@ -70,61 +80,50 @@ def render(
     Raises:
         ValueError: the folder cannot be written, or holds files that are not ours.
     """
-    target = cache() / "images-v1" if folder is None else folder
+    target = (folder() if to is None else to).absolute()
     counts = {"train": train, "val": val}
     try:
         if _is_complete(target, counts):
             return target
         target.parent.mkdir(parents=True, exist_ok=True)
         with target.with_name(f"{target.name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # released when the process ends, however it ends
+            fcntl.flock(lock, fcntl.LOCK_EX)
             if not _is_complete(target, counts):
-                _draw_all(target, counts, say)
+                _draw_all(target, counts, say, lock.fileno())
     except OSError as error:
         raise ValueError(
             f"{target}: cannot keep the built-in images here ({error}); set FASTSSL_CACHE to a "
-            "folder that can be written and has 40 MB to spare"
+            "folder that can be written and has 60 MB to spare"
         ) from error
     return target
 
 
 def picture(split: str, name: str, number: int) -> Image.Image:
     """Draw image `number` of class `name`; nothing but these three decides what it shows."""
-    rng = np.random.default_rng([*split.encode(), 0, *name.encode(), 0, number])
+    rng = _dice(f"{split}/{name}/{number}")
     scene = _Scene(rng, SIZES[rng.integers(len(SIZES))])
     _SCENES[name](scene)
     image = scene.developed()
     return image.convert("L") if rng.random() < 0.03 else image  # a few are black and white
 
 
-def draw(folder: Path, counts: dict[str, int], share: int, shares: int) -> None:
-    """Draw every `shares`-th image into `folder`, starting with number `share`."""
+def draw(to: Path, counts: dict[str, int], share: int, shares: int) -> None:
+    """Draw every `shares`-th image into the folder `to`, the `share`-th first."""
     work = [(split, name, i) for split, n in counts.items() for name in CLASSES for i in range(n)]
     for split, name, number in work[share::shares]:
-        style = np.random.default_rng([number, len(name)])
+        rng = _dice(f"{split}/{name}/{number} as JPEG")
+        jpeg = io.BytesIO()  # given a path, Pillow cuts the image off without a word on a full disk
         picture(split, name, number).save(
-            folder / split / name / f"{number:05d}.jpg",
-            quality=int(style.integers(75, 96)),
-            subsampling=int(style.integers(3)),  # 4:4:4, 4:2:2, 4:2:0
+            jpeg,
+            "JPEG",
+            quality=int(rng.integers(75, 96)),
+            subsampling=int(rng.integers(3)),  # 4:4:4, 4:2:2, 4:2:0
         )
+        (to / split / name / f"{number:05d}.jpg").write_bytes(jpeg.getvalue())
 
 
-# The worker is a new interpreter told in one line what to do, not a multiprocessing pool: a pool
-# would import the caller's script again, and fork is not safe beside CUDA and DALI threads.
-_WORKER = """
-import json, pathlib, sys
-sys.path.insert(0, sys.argv[1])
-from fastssl.demo import draw
-try:
-    draw(pathlib.Path(sys.argv[2]), json.loads(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5]))
-except OSError as error:
-    print(error, file=sys.stderr)
-    sys.exit(74)
-"""
-
-
-def _draw_all(target: Path, counts: dict[str, int], say: Callable[[str], None]) -> None:
-    """Draw into a folder beside `target`, then rename. The caller holds the lock."""
+def _draw_all(target: Path, counts: dict[str, int], say: Callable[[str], None], lock: int) -> None:
+    """Draw into a folder beside `target`, then rename; `lock` is the file that others wait for."""
     if target.exists() and any(target.iterdir()) and not (target / _MANIFEST).exists():
         raise ValueError(
             f"{target}: holds files that are not the built-in images; move them away, or set "
@@ -138,22 +137,28 @@ def _draw_all(target: Path, counts: dict[str, int], say: Callable[[str], None]) 
     for split in counts:
         for name in CLASSES:
             (partial / split / name).mkdir(parents=True)
+
+    checkout = str(Path(__file__).resolve().parents[1])
     shares = min(len(os.sched_getaffinity(0)), 16)
-    fixed = [str(Path(__file__).resolve().parents[1]), str(partial), json.dumps(counts)]
+    task = [checkout, str(partial), json.dumps(counts), str(shares)]
     workers = [
         subprocess.Popen(
-            [sys.executable, "-c", _WORKER, *fixed, str(share), str(shares)],
+            [sys.executable, "-c", _WORKER, *task, str(share)],
+            cwd=checkout,  # Python would import from the caller's folder first
             stderr=subprocess.PIPE,
             text=True,
+            pass_fds=[lock],  # if only we are killed, the lock holds until the workers have ended
         )
         for share in range(shares)
     ]
-    ends = [(worker.communicate()[1], worker.returncode) for worker in workers]
-    for message, code in ends:
-        if code == 74:  # sysexits.h: an error of input or output
-            raise OSError(message.strip())
-        if code:
-            raise RuntimeError(f"drawing the built-in images failed with {code}:\n{message}")
+    errors = [worker.communicate()[1] for worker in workers]
+    for worker, error in zip(workers, errors, strict=True):
+        if worker.returncode:
+            shutil.rmtree(partial, ignore_errors=True)
+            if worker.returncode == os.EX_IOERR:
+                raise OSError(error.strip())
+            raise RuntimeError(f"drawing ended with {worker.returncode}:\n{error}")
+
     manifest = {"counts": counts, "bytes": _bytes(partial, counts)}
     (partial / _MANIFEST).write_text(json.dumps(manifest) + "\n")
     if target.exists():
@@ -161,7 +166,19 @@ def _draw_all(target: Path, counts: dict[str, int], say: Callable[[str], None]) 
     partial.rename(target)
 
 
-_MANIFEST = "manifest.json"
+# The worker is a new interpreter told in a few lines what to do, not a multiprocessing pool: a
+# pool would import the caller's script again, and fork is not safe beside CUDA and DALI threads.
+_WORKER = """
+import json, os, pathlib, sys
+checkout, to, counts, shares, share = sys.argv[1:]
+sys.path.insert(0, checkout)
+from fastssl.demo import draw
+try:
+    draw(pathlib.Path(to), json.loads(counts), int(share), int(shares))
+except OSError as error:
+    print(error, file=sys.stderr)
+    sys.exit(os.EX_IOERR)
+"""
 
 
 def _is_complete(target: Path, counts: dict[str, int]) -> bool:
@@ -181,6 +198,11 @@ def _bytes(target: Path, counts: dict[str, int]) -> int:
         for name in CLASSES
         for number in range(count)
     )
+
+
+def _dice(name: str) -> np.random.Generator:
+    """Random numbers that belong to a name."""
+    return np.random.default_rng(list(name.encode()))
 
 
 class _Scene:
@@ -488,12 +510,8 @@ def _one_car(scene: _Scene, car: _Thing) -> None:
     pane = roof - 0.03
     car.shape([(-0.28, 0.27), (-0.19, pane), (-0.07, pane), (-0.07, 0.27)], glass)
     car.shape([(-0.03, 0.27), (-0.03, pane), (0.1, pane), (0.21, 0.27)], glass)
-    car.shape(
-        [(-0.5, 0.24), (-0.45, 0.28), (0.3, 0.27), (0.47, 0.22), (0.5, 0.1), (0.49, 0.06)]
-        + [(-0.49, 0.06)],
-        body,
-        0.5,
-    )
+    hood = [(0.3, 0.27), (0.47, 0.22), (0.5, 0.1), (0.49, 0.06)]
+    car.shape([(-0.49, 0.06), (-0.5, 0.24), (-0.45, 0.28), *hood], body, 0.5)
     car.disc(0.46, 0.19, 0.025, 0.025, (255, 245, 190))
     for wheel in (-0.3, 0.29):
         car.disc(wheel, 0.08, 0.1, 0.1, _DARK)
@@ -734,4 +752,8 @@ _SCENES: dict[str, Callable[[_Scene], None]] = {
 CLASSES: tuple[str, ...] = tuple(_SCENES)
 
 if __name__ == "__main__":
-    print(render(say=lambda text: print(text, file=sys.stderr)))
+    try:
+        print(render(say=lambda text: print(text, file=sys.stderr)))
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)

@@ -1,7 +1,8 @@
 """How good the features are while the backbone trains: weighted k-nearest-neighbour classification.
 
 Cosine similarity, votes weighted by exp(similarity / temperature) (Wu et al. 2018, section 3.4;
-k 200 and temperature 0.07 there). Images go through the evaluation graph; all processes share the work.
+k 200 and temperature 0.07 there). Images go through the evaluation graph; all processes share the
+work.
 """
 
 from collections.abc import Callable
@@ -85,7 +86,9 @@ class Knn:
         self._reader, self._graph, self._evaluation = reader, graph, evaluation
         self._options, self._threads, self._say = options, threads, say
         self._splits = {
-            name: reader.list_samples(replace(data, root=str(root / name)), cache=cache, say=say)
+            name: reader.list_samples(
+                replace(data, root=str(root / name), limit=None), cache=cache, say=say
+            )
             for name in ("train", "val")
         }
         for name, samples in self._splits.items():

@@ -217,7 +217,7 @@ def permutation_set(cells: int, count: int) -> np.ndarray:
     """A far-apart set of `count` orders: int32 [count, cells], the same in every run.
 
     Greedy: from a fixed first one, the next is that with the greatest mean Hamming distance to
-    those chosen (Noroozi & Favaro 2016, section 3.3; the lowest in lexicographic order among equals).
+    those chosen (Noroozi & Favaro 2016, section 3.3; the first in lexicographic order of equals).
 
     Raises:
         ValueError: there are not that many.

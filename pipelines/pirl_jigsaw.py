@@ -42,7 +42,7 @@ class Options:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least {least}")
         if self.grid > 3:
             raise ValueError(
-                f"grid ({self.grid}) must be 2 or 3: 4 x 4 cells have more orders than can be listed"
+                f"grid ({self.grid}) must be 2 or 3: 4 x 4 cells have too many orders to list"
             )
         if self.patches_crop % self.grid:
             near = self.patches_crop - self.patches_crop % self.grid

@@ -552,3 +552,25 @@ def test_a_file_that_vanishes_during_a_run_is_named(tmp_path: Path, make_pipelin
 
     with pytest.raises(RuntimeError, match=re.escape(f"Could not open file {tmp_path}/2.jpg")):
         pipeline.run()
+
+
+def test_a_limit_takes_evenly_spaced_images_and_counts_rows_among_them(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for number in range(10):
+            Image.new("RGB", (20 + number, 30)).save(tmp_path / name / f"{number}.png")
+    (tmp_path / "a" / "5.png").write_bytes(b"")
+    options = folder.Options(root=str(tmp_path), limit=4)
+    samples = folder.list_samples(options, cache=None, say=lambda _: None)
+
+    assert [samples.path(row)[-7:] for row in range(4)] == [
+        "a/0.png",
+        "a/7.png",
+        "b/3.png",
+        "b/9.png",
+    ]
+    assert list(samples.usable) == [0, 1, 2, 3]
+    assert list(samples.width) == [20, 27, 23, 29]
+    assert list(samples.labels) == [0, 0, 1, 1]
+    with pytest.raises(ValueError, match=r"limit \(0\) must be at least 1"):
+        folder.Options(root=str(tmp_path), limit=0)

@@ -1,7 +1,8 @@
 """Readers: one file a way to store images. A recipe names a file here (or any importable module).
 
 A reader file offers
-    Options                               a frozen dataclass: what a recipe may set under `data`
+    Options                               a frozen dataclass: what a recipe may set under `data`;
+                                          `root`, `bad` and `limit` among it
     list_samples(options, *, cache, say)  every image as a row, with its class and its state: the
                                           `Samples` described in `pipelines.readers.folder`
     source(samples, rows)                 inside a DALI graph: (encoded, index); rows(step) tells

@@ -44,6 +44,8 @@ class Options:
     # An image of more pixels is bad: it would take gigabytes to decode. The default is twice
     # Pillow's MAX_IMAGE_PIXELS, where Pillow too refuses: 512 MiB as RGB.
     max_pixels: int = 178_956_970
+    # Use only so many images, evenly spaced over the usable ones: rows are then counted among them.
+    limit: int | None = None
 
     def __post_init__(self):
         if not self.root:
@@ -52,6 +54,8 @@ class Options:
             raise ValueError(f"bad ({self.bad!r}) must be 'skip' or 'error'")
         if self.max_pixels < 1:
             raise ValueError(f"max_pixels ({self.max_pixels}) must be at least 1")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit ({self.limit}) must be at least 1, or null for all")
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,11 @@ class Names:
 
     def __getitem__(self, row: int) -> bytes:
         return self.text[self.ends[row] : self.ends[row + 1]]
+
+    def only(self, rows: np.ndarray) -> "Names":
+        """Some of them, in the order of `rows`."""
+        names = [self[row] for row in rows]
+        return Names(b"".join(names), np.cumsum([0, *map(len, names)], dtype=np.int64))
 
 
 @dataclass(frozen=True)
@@ -123,17 +132,22 @@ def list_samples(options: Options, *, cache: Path | None, say: Callable[[str], N
     bad = dict(sorted(bad.items()))
     _report(root, options, files, bad, say)
     usable = np.setdiff1d(np.arange(len(files.names)), np.fromiter(bad, np.int64, len(bad)))
-    classes, labels = _classes(files.names, usable)
+    names, sizes = files.names, files.sizes
+    if options.limit is not None and options.limit < len(usable):
+        kept = usable[np.linspace(0, len(usable) - 1, options.limit).astype(np.int64)]
+        names, sizes, height, width = names.only(kept), sizes[kept], height[kept], width[kept]
+        usable, bad = np.arange(len(kept)), {}
+    classes, labels = _classes(names, usable)
     return Samples(
         root=root,
-        names=files.names,
+        names=names,
         classes=classes,
         labels=labels,
         height=height,
         width=width,
         usable=usable,
         bad=bad,
-        fingerprint=_hash(files.names.text, files.names.ends.tobytes(), files.sizes.tobytes()),
+        fingerprint=_hash(names.text, names.ends.tobytes(), sizes.tobytes()),
     )
 
 
