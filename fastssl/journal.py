@@ -5,7 +5,6 @@ Only the main process writes; on the others every call is free.
 
 import importlib.metadata
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from fastssl import config
+from fastssl import checkpoint, config
 from fastssl.config import Recipe
 
 
@@ -26,7 +25,13 @@ class Journal:
     """The log of one run folder."""
 
     def __init__(
-        self, folder: Path, accelerator: Accelerator, recipe: Recipe, *, steps: int, start: int
+        self,
+        folder: Path,
+        accelerator: Accelerator,
+        recipe: Recipe,
+        *,
+        steps: int,
+        start: int | None,
     ) -> None:
         """Opens the log, cut back to `start` (a run that was killed had written further).
 
@@ -35,7 +40,7 @@ class Journal:
             accelerator: for the trackers it was given.
             recipe: what the trackers are told of the run.
             steps: of the whole run.
-            start: steps done before this start.
+            start: steps done before this start; None: a fresh run.
         """
         self._accelerator, self._steps = accelerator, steps
         self._main = accelerator.is_main_process
@@ -61,7 +66,7 @@ class Journal:
                 console=self._console,
             )
             self._task = self._progress.add_task(
-                recipe.name, total=steps, completed=start, state=""
+                recipe.name, total=steps, completed=start or 0, state=""
             )
             self._progress.start()
 
@@ -113,7 +118,9 @@ def write_start(
 ) -> None:
     """Writes recipe.yaml, and adds this start to environment.json: who trains here, on what."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "recipe.yaml").write_text(config.dump(recipe), encoding="utf-8")
+    if not (folder / "recipe.yaml").exists():  # as first run: what may differ now is in `command`
+        with checkpoint.whole_file(folder / "recipe.yaml") as file:
+            file.write(config.dump(recipe).encode())
     path = folder / "environment.json"
     starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     device = accelerator.device
@@ -133,7 +140,8 @@ def write_start(
             **_commit(Path(__file__).resolve().parent),
         }
     )
-    path.write_text(json.dumps(starts, indent=1), encoding="utf-8")
+    with checkpoint.whole_file(path) as file:
+        file.write(json.dumps(starts, indent=1).encode())
 
 
 def _version(package: str) -> str | None:
@@ -171,13 +179,12 @@ def read(folder: Path) -> list[dict]:
     return lines
 
 
-def _cut_back(path: Path, start: int) -> None:
+def _cut_back(path: Path, start: int | None) -> None:
     if not path.exists():
         return
-    kept = [line for line in read(path.parent) if line["step"] <= start]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-    os.replace(temporary, path)
+    kept = [] if start is None else [line for line in read(path.parent) if line["step"] <= start]
+    with checkpoint.whole_file(path) as file:
+        file.write("".join(json.dumps(line) + "\n" for line in kept).encode())
 
 
 def _state(values: Mapping[str, float | int | str]) -> str:

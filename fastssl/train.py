@@ -7,6 +7,7 @@ checkpoint (the same command goes on).
 """
 
 import contextlib
+import errno
 import fcntl
 import math
 import os
@@ -59,7 +60,9 @@ def main(arguments: Sequence[str]) -> int:
         recipe = config.load(arguments[0], arguments[1:])
         with contextlib.ExitStack() as until_the_end:
             return train(recipe, until_the_end)
-    except (ValueError, checkpoint.CheckpointError, Diverged) as error:
+    except (ValueError, OSError, Diverged) as error:
+        if isinstance(error, OSError) and not _is_about_the_disk(error):
+            raise
         # Every process meets the same mistake; the first one tells it.
         if _environment("RANK", 0) == 0 or isinstance(error, DataError):
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -110,11 +113,12 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
             f"{samples.root}: {len(usable)} images are fewer than one batch: give train.batch at "
             f"most {len(usable)} (it is {options.batch}) or more images"
         )
-    small = (samples.height > 0) & (samples.height < recipe.pipeline.options.largest_crop)
+    crop = recipe.pipeline.options.largest_crop
+    small = np.minimum(samples.height, samples.width)[usable] < crop
     if small.any():
         say(
-            f"data: {small.sum():,} of {len(samples):,} images are less than "
-            f"{recipe.pipeline.options.largest_crop} pixels high and will be enlarged"
+            f"data: {small.sum():,} of {len(usable):,} images have a side of less than {crop} "
+            "pixels and will be enlarged"
         )
     names = output_names(
         recipe.data.module, samples, recipe.pipeline.module, recipe.pipeline.options
@@ -130,10 +134,31 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
         "train.batch": options.batch,
         "train.accumulate": options.accumulate,
     }
-    start = None
+    threads = options.threads or threads_per_process(_environment("LOCAL_WORLD_SIZE", 1))
+    folder = probe.folder_of(recipe.probe, recipe.data.options)
+    knn = None
+    if folder is None:
+        say("probe: none (no class folder with train and val is known: probe.root names one)")
+    else:
+        with _one_at_a_time(demo.cache()):
+            knn = probe.Knn(
+                folder,
+                recipe.probe,
+                reader=recipe.data.module,
+                data=recipe.data.options,
+                graph=recipe.evaluation.module,
+                evaluation=recipe.evaluation.options,
+                cache=demo.cache(),
+                threads=threads,
+                say=say,
+            )
+    start, saved = None, None
     if rank == 0:
         until_the_end.enter_context(run_folder.lock(out))
         start = run_folder.open_run(out, options.resume, recipe.values)
+        if start is not None:
+            saved = checkpoint.load(start)
+            run_folder.compare_fingerprint(saved["fingerprint"], fingerprint)
 
     # ---- Devices and processes -----------------------------------------------------------------
     accelerator = Accelerator(
@@ -149,16 +174,12 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
     )
     until_the_end.callback(accelerator.end_training)
     device = accelerator.device
-    threads = options.threads or threads_per_process(_environment("LOCAL_WORLD_SIZE", 1))
     if device.type == "cpu":  # launchers set OMP_NUM_THREADS=1, which leaves cores idle
         torch.set_num_threads(threads_per_process(_environment("LOCAL_WORLD_SIZE", 1)))
     assert (distributed.rank(), distributed.world()) == (rank, world), "launcher and group disagree"
     # Signals and states are agreed on over the CPU, so that no step waits for a GPU.
     control: Any = dist.new_group(backend="gloo") if world > 1 else None
     start = _from_first(start, control)
-    saved = checkpoint.load(start) if start is not None else None
-    if saved is not None:
-        run_folder.compare_fingerprint(saved["fingerprint"], fingerprint)
     if rank == 0:
         journal.write_start(out, recipe, accelerator, start)
 
@@ -217,19 +238,29 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
 
     # ---- On from where it stopped --------------------------------------------------------------
     step = 0
-    if saved is not None:
+    recent: list[tuple[Tensor, dict[str, Tensor]]] = []  # loss and metrics since the last line
+    if start is not None:
+        saved = saved or checkpoint.load(start)
         objective.load_state_dict(saved["objective"])
         optimizer.load_state_dict(saved["optimizer"])
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(saved["scaler"])
-        loader.resume(saved["ranks"][rank]["loader"])
-        checkpoint.set_rng_state(saved["ranks"][rank]["rng"])
+        here = saved["ranks"][rank]
+        loader.resume(here["loader"])
+        checkpoint.set_rng_state(here["rng"])
+        recent = [
+            (loss.to(device), {name: value.to(device) for name, value in metrics.items()})
+            for loss, metrics in here["recent"]
+        ]
         step = saved["step"]
         del saved
 
     def save() -> Path:
         """Everything, as of `step`."""
-        here = {"loader": loader.state(), "rng": checkpoint.rng_state()}
+        pending = [
+            (loss.cpu(), {k: v.cpu() for k, v in metrics.items()}) for loss, metrics in recent
+        ]
+        here = {"loader": loader.state(), "rng": checkpoint.rng_state(), "recent": pending}
         ranks = _all_to_first(here, control)
         if rank != 0:
             return out
@@ -244,26 +275,24 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
         }
         return checkpoint.save(out / "checkpoints", step, state, options.keep)
 
-    # ---- Probe ---------------------------------------------------------------------------------
-    log = journal.Journal(out, accelerator, recipe, steps=steps, start=step)
+    # ---- Journal -------------------------------------------------------------------------------
+    log = journal.Journal(out, accelerator, recipe, steps=steps, start=start and step)
     until_the_end.callback(log.close)
-    folder = probe.folder_of(recipe.probe, recipe.data.options)
-    knn = None
-    if folder is None:
-        log.say("probe: none (no class folder with train and val is known: probe.root names one)")
-    else:
-        with _one_at_a_time(demo.cache()):
-            knn = probe.Knn(
-                folder,
-                recipe.probe,
-                reader=recipe.data.module,
-                data=recipe.data.options,
-                graph=recipe.evaluation.module,
-                evaluation=recipe.evaluation.options,
-                cache=demo.cache(),
-                threads=threads,
-                say=_silent,
-            )
+
+    def look() -> list[float]:
+        """The losses since the last line, over all processes; waits for the GPU.
+
+        Raises:
+            Diverged: one is no finite number.
+        """
+        losses = distributed.gather(torch.stack([loss for loss, _ in recent])[None])
+        losses = losses.mean(dim=0).tolist()  # over processes; one a micro-batch
+        bad = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
+        if bad is not None:
+            at = step - 1 - (len(losses) - 1 - bad) // options.accumulate
+            whole = rows_of_step(at, 0, 1, options.batch)  # of all processes
+            raise Diverged(at, losses[bad], whole, samples.path)
+        return losses
 
     def measure() -> None:
         """The kNN accuracy of the backbone as it is, into the journal."""
@@ -292,11 +321,10 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
     )
     if start is not None:
         log.say(f"going on from {start} (step {step})")
-    if step == 0:
+    if start is None:
         measure()
     tensors: dict[str, Tensor] = {}
-    recent: list[tuple[Tensor, dict[str, Tensor]]] = []  # loss and metrics since the last line
-    began = time.perf_counter()
+    began, begun_at = time.perf_counter(), step
     stop = until_the_end.enter_context(_signals())
     while step < steps and not stop.agreed(control):
         lr = optim.learning_rate(
@@ -330,15 +358,9 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
         if not (to_save or to_probe or at_end or step % options.log_steps == 0):
             continue
         # From here on the host waits for the GPU, on steps that log only.
-        losses = distributed.gather(torch.stack([loss for loss, _ in recent])[None])
-        losses = losses.mean(dim=0).tolist()  # over processes; one a micro-batch
+        losses = look()
         seconds = time.perf_counter() - began
-        finite = [math.isfinite(loss) for loss in losses]
-        if not all(finite):
-            at = step - (len(losses) - finite.index(False) - 1) // options.accumulate - 1
-            whole = rows_of_step(at, 0, 1, options.batch)  # of all processes
-            raise Diverged(at, losses[finite.index(False)], whole, samples.path)
-        rate = options.batch * len(recent) / options.accumulate / seconds
+        rate = options.batch * (step - begun_at) / seconds
         line = {
             "epoch": (step - 1) // steps_per_epoch,
             "loss": sum(losses) / len(losses),
@@ -349,18 +371,20 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
             **_means([metrics for _, metrics in recent]),
         }
         log.log(step, line)
+        recent.clear()
+        if to_probe:  # before the checkpoint: a run killed between the two repeats both
+            measure()
         if to_save:
             try:
                 save()
             except checkpoint.CheckpointError as error:  # the next one may find room again
                 log.say(f"warning: {error}")
-        if to_probe:
-            measure()
-        recent.clear()
-        began = time.perf_counter()  # checkpoints and probes are no training time
+        began, begun_at = time.perf_counter(), step  # neither is training time
         loader.data_wait()
 
     # ---- Stopped, or done ----------------------------------------------------------------------
+    if recent:
+        look()  # nothing is saved that no one could go on from
     written = save()
     if step < steps:
         log.say(f"stopped by {stop.name} at step {step} of {steps}; {written} holds it all:")
@@ -425,6 +449,11 @@ def _signals() -> Iterator[_Stop]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _is_about_the_disk(error: OSError) -> bool:
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+    return isinstance(error, checkpoint.CheckpointError) or error.errno in full
 
 
 def _due(step: int, steps_per_epoch: int, every_epochs: int) -> bool:

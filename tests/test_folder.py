@@ -571,6 +571,7 @@ def test_a_limit_takes_evenly_spaced_images_and_counts_rows_among_them(tmp_path)
     ]
     assert list(samples.usable) == [0, 1, 2, 3]
     assert list(samples.width) == [20, 27, 23, 29]
+    assert samples.labels is not None
     assert list(samples.labels) == [0, 0, 1, 1]
     with pytest.raises(ValueError, match=r"limit \(0\) must be at least 1"):
         folder.Options(root=str(tmp_path), limit=0)

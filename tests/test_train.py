@@ -229,6 +229,39 @@ def test_a_run_stopped_three_times_is_the_same_run(whole, command, tmp_path, mon
     assert [start["resumed"] is None for start in starts] == [True, False, False, False]
 
 
+@pytest.mark.parametrize("step", [3, 7])
+def test_lines_of_a_stopped_run_are_means_over_the_same_steps(command, tmp_path, monkeypatch, step):
+    often = ["train.log_steps=5", "train.checkpoint_steps=100"]
+    assert train.main(command(*often, out="through")) == 0
+    stop_at(monkeypatch, step)
+    assert train.main(command(*often)) == 75
+    monkeypatch.undo()
+    assert train.main(command(*often)) == 0
+
+    both = [lines(tmp_path / out) for out in ("run", "through")]
+    for name in ("step", "loss", "agreement", "std", "accuracy"):
+        assert [line[name] for line in both[0]] == [line[name] for line in both[1]]
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_anew_in_its_folder(
+    whole, command, tmp_path, monkeypatch
+):
+    class Killed(BaseException):
+        pass
+
+    def killed(*_):
+        raise Killed
+
+    monkeypatch.setattr(checkpoint, "save", killed)
+    with pytest.raises(Killed):
+        train.main(command())
+    monkeypatch.undo()
+    assert train.main(command()) == 0
+
+    assert_same_run(tmp_path / "run", whole)
+    assert [line["step"] for line in lines(tmp_path / "run", probes=True)] == [0, STEPS]
+
+
 def test_a_run_goes_on_in_another_folder_from_a_checkpoint_that_is_named(whole, command, tmp_path):
     start = whole / "checkpoints" / "step-00000012.pt"
     assert train.main(command(f"train.resume={start}")) == 0
@@ -533,10 +566,28 @@ def test_bad_files_are_skipped_with_a_count_or_refused(command, data, tmp_path, 
     assert "data.bad=skip" in message
 
 
+def test_a_probe_folder_that_does_not_fit_is_refused_before_anything_is_written(
+    command, capsys, data, tmp_path
+):
+    flat = tmp_path / "flat"
+    for split in ("train", "val"):
+        (flat / split).mkdir(parents=True)
+        shutil.copy(next((data / "train").glob("*/*.jpg")), flat / split)
+    assert "has no class folders" in fails(command(f"probe.root={flat}"), capsys)
+    other = tmp_path / "other"
+    shutil.copytree(data, other)
+    (other / "val" / "stranger").mkdir()
+    shutil.copy(next((data / "train").glob("*/*.jpg")), other / "val" / "stranger")
+    message = fails(command(f"probe.root={other}"), capsys)
+
+    assert "lacks: stranger" in message
+    assert not (tmp_path / "run").exists()
+
+
 def test_images_smaller_than_the_crop_are_enlarged_and_that_is_said_once(command, capsys):
     assert train.main(command("pipeline.image_size=192", "train.steps=2")) == 0
 
-    assert capsys.readouterr().out.count("and will be enlarged") == 1
+    assert capsys.readouterr().out.count("pixels and will be enlarged") == 1
 
 
 def test_a_loss_that_is_no_number_stops_with_the_step_and_the_images(command, capsys, tmp_path):

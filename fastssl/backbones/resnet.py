@@ -140,4 +140,4 @@ def _set_width(network: ResNet, options: Options) -> None:
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         elif isinstance(module, BasicBlock) and options.zero_init_residual:
-            nn.init.zeros_(module.bn2.weight)
+            nn.init.constant_(module.bn2.weight, 0)  # pyright: ignore[reportArgumentType]
