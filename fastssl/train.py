@@ -135,23 +135,28 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
         "train.accumulate": options.accumulate,
     }
     threads = options.threads or threads_per_process(_environment("LOCAL_WORLD_SIZE", 1))
-    folder = probe.folder_of(recipe.probe, recipe.data.options)
     knn = None
+    folder = probe.folder_of(recipe.probe, recipe.data.options)
+    try:
+        if folder is not None:
+            with _one_at_a_time(demo.cache()):
+                knn = probe.Knn(
+                    folder,
+                    recipe.probe,
+                    reader=recipe.data.module,
+                    data=recipe.data.options,
+                    graph=recipe.evaluation.module,
+                    evaluation=recipe.evaluation.options,
+                    cache=demo.cache(),
+                    threads=threads,
+                    say=say,
+                )
+    except ValueError as error:
+        if recipe.probe.root is not None:
+            raise
+        say(f"probe: none beside data.root ({error})")
     if folder is None:
-        say("probe: none (no class folder with train and val is known: probe.root names one)")
-    else:
-        with _one_at_a_time(demo.cache()):
-            knn = probe.Knn(
-                folder,
-                recipe.probe,
-                reader=recipe.data.module,
-                data=recipe.data.options,
-                graph=recipe.evaluation.module,
-                evaluation=recipe.evaluation.options,
-                cache=demo.cache(),
-                threads=threads,
-                say=say,
-            )
+        say("probe: none (probe.root names a folder with train/<class>/ and val/<class>/)")
     start, saved = None, None
     if rank == 0:
         until_the_end.enter_context(run_folder.lock(out))

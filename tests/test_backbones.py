@@ -152,3 +152,31 @@ def test_unknown_name_is_refused_with_the_nearest_ones():
         resnet.Options(name="resnet51")
     with pytest.raises(ValueError, match=r"no ResNet of torchvision; known: .*'wide_resnet101_2'"):
         resnet.Options(name="vgg")
+
+
+def test_resnet10_has_one_block_a_stage_and_any_width():
+    whole = resnet.backbone(resnet.Options(name="resnet10"))
+    thin = resnet.backbone(resnet.Options(name="resnet10", width=32))
+    stages = thin.stages(torch.zeros(1, 3, 64, 64))
+
+    assert (whole.dim, thin.dim) == (512, 256)
+    assert [stages[f"layer{k}"].shape[1] for k in (1, 2, 3, 4)] == [32, 64, 128, 256]
+    assert {len(getattr(thin, f"layer{k}")) for k in (1, 2, 3, 4)} == {1}
+    assert thin.state_dict().keys() == whole.state_dict().keys()
+
+
+def test_a_wider_network_of_basic_blocks_is_torchvisions_where_they_meet():
+    torch.manual_seed(0)
+    ours = resnet.backbone(resnet.Options(name="resnet18", width=63))
+    theirs = resnet.backbone(resnet.Options(name="resnet18"))
+
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    shapes = [[tuple(v.shape) for v in net.state_dict().values()] for net in (ours, theirs)]
+    smaller = [tuple(63 * n // 64 if n >= 64 else n for n in shape) for shape in shapes[1]]
+    assert shapes[0] == smaller
+
+
+@pytest.mark.parametrize(("name", "width"), [("resnet50", 32), ("resnet18", 0)])
+def test_a_width_that_cannot_be_says_for_which_networks_it_can(name, width):
+    with pytest.raises(ValueError, match=rf"width \({width}\) must be 64 for {name}, or the name"):
+        resnet.Options(name=name, width=width)

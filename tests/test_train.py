@@ -515,8 +515,9 @@ def test_another_recipe_another_batch_or_another_file_list_is_refused_by_name(
 ):
     assert "optim.lr: 0.05 there, 0.1 here" in fails(command("optim.lr=0.1"), capsys)
     assert "train.batch: 8 there, 4 here" in fails(command("train.batch=4"), capsys)
-    more = data / "train" / "zz.jpg"
-    shutil.copy(next((data / "train").glob("*/*.jpg")), more)
+    some = next((data / "train").glob("*/*.jpg"))
+    more = some.with_name("zz.jpg")
+    shutil.copy(some, more)
     try:
         message = fails(command(), capsys)
     finally:
@@ -582,6 +583,19 @@ def test_a_probe_folder_that_does_not_fit_is_refused_before_anything_is_written(
 
     assert "lacks: stranger" in message
     assert not (tmp_path / "run").exists()
+
+
+def test_a_val_folder_without_classes_beside_the_images_only_means_no_probe(
+    command, capsys, data, tmp_path
+):
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+        for number, file in enumerate(sorted((data / "train").glob("*/*.jpg"))):
+            shutil.copy(file, tmp_path / split / f"{number}.jpg")
+    assert train.main(command(f"data.root={tmp_path / 'train'}", "train.steps=1")) == 0
+
+    assert "probe: none beside data.root" in capsys.readouterr().out
+    assert lines(tmp_path / "run", probes=True) == []
 
 
 def test_images_smaller_than_the_crop_are_enlarged_and_that_is_said_once(command, capsys):
