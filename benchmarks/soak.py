@@ -28,6 +28,7 @@ SMALL = ("pipeline.image_size=16", "pipeline.patches_crop=24", "pipeline.patch=6
 WINDOWS = 40
 STATES = 200
 RESUMES = 20  # the last one falls together with the end
+ROUNDS = 7  # of the old loader's and a new one's turns, as long as from one state to the next
 # MB (1e6 bytes) that 10,000 batches may add over the second half. The paper's 800 epochs are a
 # million batches: 100 MB.
 GROWTH = 1.0
@@ -93,22 +94,26 @@ def soak(
         epoch, step = divmod(step, per_epoch)
         return usable[order.shuffled(len(usable), 0, epoch, 0, 1, batch)[step]]
 
-    loader = Loader(
-        recipe.data.module,
-        samples,
-        recipe.pipeline.module,
-        recipe.pipeline.options,
-        rows,
-        batch=batch,
-        seed=0,
-        device=torch.device("cpu"),
-        threads=threads,
-        say=say,
-    )
+    def start() -> Loader:
+        return Loader(
+            recipe.data.module,
+            samples,
+            recipe.pipeline.module,
+            recipe.pipeline.options,
+            rows,
+            batch=batch,
+            seed=0,
+            device=torch.device("cpu"),
+            threads=threads,
+            say=say,
+        )
+
+    loader = start()
+    state_batches = max(1, batches // STATES)
     windows: list[dict[str, float]] = []
     states = resumes = exact = 0
     say(TABLE)
-    start = time.perf_counter()
+    soak_began = time.perf_counter()
     for number in range(WINDOWS):
         first, end = batches * number // WINDOWS, batches * (number + 1) // WINDOWS
         began, cpu_began = time.perf_counter(), time.process_time()
@@ -118,7 +123,7 @@ def soak(
                 exact += _gives_again(loader)
             else:
                 next(loader)
-            if loader.step % max(1, batches // STATES) == 0:
+            if loader.step % state_batches == 0:
                 loader.state()
                 states += 1
         seconds, cpu = time.perf_counter() - began, time.process_time() - cpu_began
@@ -128,11 +133,12 @@ def soak(
                 "batches": end,
                 "images_per_second": images / seconds,
                 "cpu_ms_per_image": 1000 * cpu / images,
-                **_held(),
+                **_held(windows[-1]["files"] if windows else 0),
                 "load": os.getloadavg()[0],  # of the whole machine, over the last minute
             }
         )
         say(_line(windows[-1]))
+    seconds = time.perf_counter() - soak_began
     judged = judge(windows)
     return {
         "benchmark": "soak",
@@ -143,7 +149,8 @@ def soak(
         "resumes_exact": exact,
         **judged,
         "passed": judged["memory_flat"] and judged["files_constant"] and exact == resumes,
-        "seconds": time.perf_counter() - start,
+        "seconds": seconds,
+        "old_to_new": _by_turns(loader, start(), state_batches),
         "options": recipe.values["pipeline"],
         "batch": batch,
         "images": len(usable),
@@ -156,8 +163,8 @@ def soak(
 def judge(windows: list[dict[str, float]]) -> dict:
     """Growth, drift and leaks; the first half of the memory is left out, the allocator's start.
 
-    Drift is the median of the last quarter to that of the second. A machine with other work on it
-    moves images/s; CPU time an image hardly.
+    Drift is the median of the last quarter to that of the second. Other work on the machine moves
+    images/s, and by the caches and hardware threads it shares CPU time too.
     """
     half, quarter = len(windows) // 2, len(windows) // 4
     batches = [window["batches"] for window in windows]
@@ -181,7 +188,7 @@ def judge(windows: list[dict[str, float]]) -> dict:
 
 
 def verdict(result: dict) -> str:
-    """What came out, in five lines."""
+    """What came out, in a few lines."""
     windows = result["windows"]
     batches = windows[-1]["batches"]
     growth = f"{result['memory_mb_per_10000_batches']:+.2f} MB per 10,000 batches"
@@ -193,12 +200,15 @@ def verdict(result: dict) -> str:
         memory = f"GROWS, more than {GROWTH} MB"
     files = sorted({window["files"] for window in windows})
     threads = sorted({window["threads"] for window in windows})
+    ratios = sorted(result["old_to_new"])
     repeated = f"{result['resumes_exact']} of {result['resumes']} times"
     return "\n".join(
         (
             f"memory: {growth} over the second half: {memory}",
             f"images/s: {result['drift']:.2f} of the second quarter's in the last; "
             f"CPU time an image: {result['cpu_drift']:.2f}",
+            f"images/s beside a new loader's: {statistics.median(ratios):.2f} "
+            f"({ratios[0]:.2f} - {ratios[-1]:.2f})",
             f"open files: {files}: {'constant' if result['files_constant'] else 'NOT CONSTANT'}; "
             f"threads: {threads}",
             f"resumed: the same batch again {repeated}",
@@ -217,19 +227,36 @@ def _gives_again(loader: Loader) -> bool:
     return all(torch.equal(tensor, again[name]) for name, tensor in given.items())
 
 
-def _held() -> dict[str, float]:
+def _by_turns(old: Loader, new: Loader, batches: int) -> list[float]:
+    """The speed of the old loader to the new one's, round by round."""
+    ratios = []
+    for _ in range(1 + ROUNDS):
+        seconds = []
+        for loader in (old, new):
+            began = time.perf_counter()
+            for _ in range(batches):
+                next(loader)
+            seconds.append(time.perf_counter() - began)
+        ratios.append(seconds[1] / seconds[0])
+    return ratios[1:]  # in the first round the new loader starts up
+
+
+def _held(files_before: float) -> dict[str, float]:
     """Resident memory in MB, open files and threads of this process.
 
-    The fewest files of several looks: at first DALI's threads still read the batches made ahead.
+    DALI's threads are still reading the batches made ahead: the fewest open files of several looks
+    count, until they are as few as before.
     """
-    files = []
-    for _ in range(20):
-        files.append(len(os.listdir("/proc/self/fd")))
+    files = len(os.listdir("/proc/self/fd"))
+    for _ in range(100):
+        if files <= files_before:
+            break
         time.sleep(0.005)
+        files = min(files, len(os.listdir("/proc/self/fd")))
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return {
         "memory_mb": pages * os.sysconf("SC_PAGESIZE") / 1e6,
-        "files": min(files),
+        "files": files,
         "threads": len(os.listdir("/proc/self/task")),
     }
 

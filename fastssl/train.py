@@ -11,6 +11,7 @@ import errno
 import fcntl
 import math
 import os
+import platform
 import signal
 import sys
 import time
@@ -184,7 +185,13 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
     assert (distributed.rank(), distributed.world()) == (rank, world), "launcher and group disagree"
     # Signals and states are agreed on over the CPU, so that no step waits for a GPU.
     control: Any = dist.new_group(backend="gloo") if world > 1 else None
-    start = _from_first(start, control)
+    start, of_first = _from_first((start, fingerprint), control)
+    if fingerprint != of_first:  # each machine lists its own copy of the images
+        raise DataError(
+            f"{samples.root} on {platform.node()} (rank {rank}) is not what rank 0 sees: its file "
+            f"list is {fingerprint['file list'][:12]}, there {of_first['file list'][:12]}; give "
+            "every machine the same files"
+        )
     if rank == 0:
         journal.write_start(out, recipe, accelerator, start)
 
@@ -391,6 +398,8 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
     if recent:
         look()  # nothing is saved that no one could go on from
     written = save()
+    if control is not None:
+        dist.barrier(group=control)  # a process that ends early has its launcher end the others
     if step < steps:
         log.say(f"stopped by {stop.name} at step {step} of {steps}; {written} holds it all:")
         log.say("the same command goes on from there")

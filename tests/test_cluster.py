@@ -56,14 +56,14 @@ def free_port() -> int:
         return one.getsockname()[1]
 
 
-@pytest.fixture(scope="module")
-def two_machines(same_image_40_times, recipe, checkout, environ, tmp_path_factory) -> Path:
-    """The folder of a run on two machines: run/, spied/, cache-0/ and cache-1/."""
-    folder = tmp_path_factory.mktemp("two-machines")
+def run_on_two_machines(
+    folder: Path, recipe: Path, root: str, checkout: Path, environ: dict[str, str]
+) -> list[tuple[int, str]]:
+    """Exit code and output of both; each has a cache and a working directory of its own."""
     (folder / "spied").mkdir()
     port = free_port()
     overrides = [
-        f"data.root={same_image_40_times}",
+        f"data.root={root}",
         f"train.out={folder / 'run'}",
         "pipeline.image_size=32",
         "pipeline.patches_crop=48",
@@ -83,19 +83,43 @@ def two_machines(same_image_40_times, recipe, checkout, environ, tmp_path_factor
         meeting = ["--master_addr", "127.0.0.1", "--master_port", str(port)]
         script = ["--nproc_per_node", "1", checkout / "fastssl" / "train.py", recipe, *overrides]
         here = {"FASTSSL_CACHE": str(folder / f"cache-{number}")}
+        (folder / f"machine-{number}").mkdir(exist_ok=True)
         machines.append(
             subprocess.Popen(
                 [sys.executable, *torchrun, *meeting, *script],
                 env=environ | here | {"SPY_FOLDER": str(folder / "spied")},
-                cwd=folder,
+                cwd=folder / f"machine-{number}",
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
             )
         )
     said = [machine.communicate()[0] for machine in machines]
-    assert [machine.returncode for machine in machines] == [0, 0], "\n".join(said)
+    return [(machine.returncode, text) for machine, text in zip(machines, said, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def two_machines(same_image_40_times, recipe, checkout, environ, tmp_path_factory) -> Path:
+    """The folder of a run on two machines: run/, spied/, cache-0/ and cache-1/."""
+    folder = tmp_path_factory.mktemp("two-machines")
+    ended = run_on_two_machines(folder, recipe, str(same_image_40_times), checkout, environ)
+    assert [code for code, _ in ended] == [0, 0], ended
     return folder
+
+
+def test_machines_with_other_files_are_refused(
+    same_image_40_times, recipe, checkout, environ, tmp_path
+):
+    for number in (0, 1):  # images/train is another folder on each
+        shutil.copytree(same_image_40_times, tmp_path / f"machine-{number}" / "images" / "train")
+    (tmp_path / "machine-1" / "images" / "train" / "class-4" / "7.jpg").rename(
+        tmp_path / "machine-1" / "images" / "train" / "class-4" / "8.jpg"
+    )
+    ended = run_on_two_machines(tmp_path, recipe, "images/train", checkout, environ)
+
+    assert [code for code, _ in ended] == [1, 1]  # torchrun's
+    assert "(rank 1) is not what rank 0 sees" in ended[1][1]
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def spied(folder: Path, name: str) -> tuple[list[dict], list[dict]]:

@@ -17,14 +17,14 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append      # the log of a run goes on, too
 #SBATCH --output=%x-%j.log
-# 300 s before the time limit, to this script alone. USR1 and not TERM: scancel sends TERM, and a job
-# that its owner cancels must not come back.
+# 300 s before the time limit, to this script alone. USR1 and not TERM: scancel sends TERM, and a
+# job that its owner cancels must not come back.
 #SBATCH --signal=B:USR1@300
 
 set -euo pipefail
 
 if [[ $# -eq 0 || ! -f fastssl/train.py ]]; then
-    echo "error: in the checkout: sbatch recipes/cluster/slurm.sh RECIPE [section.key=value ...]" >&2
+    echo "error: in the checkout: sbatch recipes/cluster/slurm.sh RECIPE [a.b=value ...]" >&2
     exit 2
 fi
 
