@@ -3,7 +3,8 @@
     backbone = fastssl.export.load_backbone("runs/pirl_jigsaw")
     features = backbone(images)  # uint8 [B, 3, H, W] -> [B, backbone.dim]
 
-Neither file holds code. backbone.json names a module, which must be installed, by dotted path; the
+Neither file holds code. backbone.json names a module by dotted path, which must be installed and is
+imported: read its `use` before you load a backbone from someone else. The
 weights are read by safetensors, and torchvision's network of the same name takes them too.
 """
 

@@ -5,6 +5,7 @@ Only the main process writes; on the others every call is free.
 
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -55,7 +56,9 @@ class Journal:
             return
         path = folder / "metrics.jsonl"
         _cut_back(path, start)
-        self._file = path.open("a", encoding="utf-8")
+        # Unbuffered: after a full disk nothing half-written is left to be tried again at the close.
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._unwritten, self._warned = "", False
         if self._console.is_terminal:
             self._progress = Progress(
                 TextColumn(recipe.name),
@@ -106,11 +109,19 @@ class Journal:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
-        self._file.close()
+        os.close(self._file)
 
     def _write(self, line: Mapping[str, object]) -> None:
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        """A full disk costs no run: what can't be written is written with a later line."""
+        self._unwritten += json.dumps(line) + "\n"
+        try:
+            written = os.write(self._file, self._unwritten.encode())
+        except OSError as error:
+            if not self._warned:
+                self.say(f"warning: metrics.jsonl can't be written: {error.strerror}")
+            self._warned = True
+            return
+        self._unwritten = self._unwritten.encode()[written:].decode()
 
 
 def write_start(
@@ -118,11 +129,12 @@ def write_start(
 ) -> None:
     """Writes recipe.yaml, and adds this start to environment.json: who trains here, on what."""
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "recipe.yaml").exists():  # as first run: what may differ now is in `command`
+    # As first run: what may differ at a later start is in `command`.
+    if resumed is None or not (folder / "recipe.yaml").exists():
         with checkpoint.whole_file(folder / "recipe.yaml") as file:
             file.write(config.dump(recipe).encode())
     path = folder / "environment.json"
-    starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() and resumed else []
     device = accelerator.device
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     packages = ("torch", "torchvision", "accelerate", "nvidia-dali-cuda120", "numpy")

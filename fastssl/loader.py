@@ -186,13 +186,13 @@ class Loader:
     def _skip_undecodable(self, error: RuntimeError) -> None:
         """Finds the files at fault, puts them on the skip list and lets the pipeline be built anew.
 
-        DALI says for only some failures which file it was, and a pipeline that failed is dead: each
-        file of the batches in flight is tried on its own through the same graph.
+        DALI says for only some failures which file it was, and a pipeline that failed is dead: the
+        batch is halved, through the same graph, until each file at fault stands alone. The error
+        comes with the very batch that holds them, whatever was made ahead.
         """
         self._pipeline = None
-        in_flight = range(self.step, self.step + self._prefetch + 1)
-        rows = list(dict.fromkeys(int(r) for s in in_flight for r in self._rows_or_others(s)))
-        found = {row: reason for row in rows if (reason := self._failure(row)) is not None}
+        rows = list(dict.fromkeys(self._rows_or_others(self.step).tolist()))
+        found = self._failures(rows)
         if not found:
             raise error  # not a file's fault: a defect of the graph, or the device's memory
         if len(found) == len(rows):
@@ -206,14 +206,17 @@ class Loader:
             self.skipped[row] = f"{path}: {reason}"
             self._say(f"data: skipping {path} from now on: can't be decoded ({reason})")
 
-    def _failure(self, row: int) -> str | None:
-        """Why the graph can't be run on one row, in a line; None when it can."""
+    def _failures(self, rows: list[int]) -> dict[int, str]:
+        """The rows among `rows` that the graph can't be run on, with the reason in a line."""
         try:
-            _, pipeline = self._build(lambda _: np.array([row], np.int64), 1, None)
+            _, pipeline = self._build(lambda _: np.array(rows, np.int64), len(rows), None)
             pipeline.run()
         except RuntimeError as error:
-            return _reason(str(error))
-        return None
+            if len(rows) == 1:
+                return {rows[0]: _reason(str(error))}
+            middle = len(rows) // 2
+            return self._failures(rows[:middle]) | self._failures(rows[middle:])
+        return {}
 
 
 def output_names(reader: ModuleType, samples: Any, graph: ModuleType, options: Any) -> list[str]:

@@ -85,12 +85,13 @@ class Knn:
         """
         self._reader, self._graph, self._evaluation = reader, graph, evaluation
         self._options, self._threads, self._say = options, threads, say
-        self._splits = {
-            name: reader.list_samples(
-                replace(data, root=str(root / name), limit=None), cache=cache, say=say
-            )
-            for name in ("train", "val")
-        }
+        self._splits = {}
+        for name in ("train", "val"):
+            here = replace(data, root=str(root / name), limit=None)
+            try:
+                self._splits[name] = reader.list_samples(here, cache=cache, say=say)
+            except ValueError as error:
+                raise ValueError(f"probe.root ({root}): {error}") from error
         for name, samples in self._splits.items():
             if samples.labels is None:
                 raise ValueError(
@@ -210,6 +211,6 @@ def folder_of(options: Options, data: Any) -> Path | None:
     """The folder to probe on: as given, or the one around a data.root called train beside a val."""
     if options.root is not None:
         return Path(options.root)
-    root = Path(data.root)
+    root = Path(data.root).expanduser()
     has_val = root.name == "train" and (root.parent / "val").is_dir()
     return root.parent if has_val else None

@@ -50,9 +50,11 @@ def open_run(out: Path, resume: str, values: dict[str, dict[str, Any]]) -> Path 
     given = None if resume in ("auto", "never") else _given(Path(resume), values)
     if _is_fresh(out):
         return given
-    recipe = _recipe(out)
-    _refuse_other_recipe(out, recipe, values)
     newest = checkpoint.latest(out / "checkpoints")
+    recipe = _recipe(out)
+    if newest is None and not _has_trained(out) and differences(recipe, values, FREE_ON_RESUME):
+        return given  # a start that failed before its first step: its mistake may be mended here
+    _refuse_other_recipe(out, recipe, values)
     # A run that was begun from a checkpoint elsewhere and stopped before its first own goes on
     # from there again; from its first step it would be another run.
     begun_from = str(recipe["train"]["resume"])
@@ -179,6 +181,15 @@ def compare_fingerprint(saved: dict[str, Any], here: dict[str, Any]) -> None:
 
 def _is_fresh(out: Path) -> bool:
     return not out.exists() or all(_is_ours(path) for path in out.iterdir())
+
+
+def _has_trained(out: Path) -> bool:
+    """Whether metrics.jsonl tells of a step."""
+    try:
+        text = (out / "metrics.jsonl").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return any('"loss"' in line for line in text.splitlines())
 
 
 def _is_ours(path: Path) -> bool:

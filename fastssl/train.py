@@ -30,6 +30,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from torch import Tensor
 
@@ -50,6 +51,7 @@ from fastssl.config import Recipe
 from fastssl.loader import DataError, Loader, output_names, threads_per_process
 
 STOPPED = 75  # EX_TEMPFAIL: try again
+COLLAPSED = 0.03  # std of the embeddings, where 1 is spread out and 0 a single point
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -64,12 +66,14 @@ def main(arguments: Sequence[str]) -> int:
     except (ValueError, OSError, Diverged) as error:
         if isinstance(error, OSError) and not _is_about_the_disk(error):
             raise
-        # Every process meets the same mistake; the first one tells it.
-        if _environment("RANK", 0) == 0 or isinstance(error, DataError):
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        # Every process of a machine meets the same mistake; its first one tells it.
+        rank = _environment("RANK", 0)
+        if _environment("LOCAL_RANK", 0) == 0 or isinstance(error, DataError):
+            where = f" (rank {rank} on {platform.node()})" if rank else ""
+            print(f"error{where}: {error}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, ValueError) else 1
     except KeyboardInterrupt:
-        print("interrupted before the first step: nothing to save", file=sys.stderr)
+        print("interrupted while starting: what was saved before is as it was", file=sys.stderr)
         return 130
 
 
@@ -101,6 +105,12 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
     if options.sync_batchnorm and on_cpu:
         raise config.RecipeError("train.sync_batchnorm (true) needs GPUs: give false")
     precision = _precision(options.precision, on_cpu)
+    unknown = set(options.trackers) - {name.value for name in get_available_trackers()}
+    if unknown:
+        raise config.RecipeError(
+            f"train.trackers: {', '.join(sorted(unknown))} is not installed or not known to "
+            "Accelerate: pip install it, or take it out"
+        )
     if recipe.demo:
         say("data.root is not given: the built-in images and the recipe's demo section are used")
         demo.render(say=say_here)
@@ -134,6 +144,8 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
         "processes": world,
         "train.batch": options.batch,
         "train.accumulate": options.accumulate,
+        "device": "cpu" if on_cpu else "gpu",
+        "precision": precision,
     }
     threads = options.threads or threads_per_process(_environment("LOCAL_WORLD_SIZE", 1))
     knn = None
@@ -160,6 +172,7 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
         say("probe: none (probe.root names a folder with train/<class>/ and val/<class>/)")
     start, saved = None, None
     if rank == 0:
+        run_folder.open_run(out, options.resume, recipe.values)  # reads only: refuses untouched
         until_the_end.enter_context(run_folder.lock(out))
         start = run_folder.open_run(out, options.resume, recipe.values)
         if start is not None:
@@ -187,13 +200,10 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
     control: Any = dist.new_group(backend="gloo") if world > 1 else None
     start, of_first = _from_first((start, fingerprint), control)
     if fingerprint != of_first:  # each machine lists its own copy of the images
-        raise DataError(
-            f"{samples.root} on {platform.node()} (rank {rank}) is not what rank 0 sees: its file "
-            f"list is {fingerprint['file list'][:12]}, there {of_first['file list'][:12]}; give "
-            "every machine the same files"
+        raise config.RecipeError(
+            f"{samples.root} on {platform.node()} (rank {rank}) is not what rank 0 sees: "
+            f"{fingerprint} here, {of_first} there; give every machine the same files and devices"
         )
-    if rank == 0:
-        journal.write_start(out, recipe, accelerator, start)
 
     # ---- Data ----------------------------------------------------------------------------------
     micro = batch // options.accumulate
@@ -288,6 +298,8 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
         return checkpoint.save(out / "checkpoints", step, state, options.keep)
 
     # ---- Journal -------------------------------------------------------------------------------
+    if rank == 0:
+        journal.write_start(out, recipe, accelerator, start)
     log = journal.Journal(out, accelerator, recipe, steps=steps, start=start and step)
     until_the_end.callback(log.close)
 
@@ -333,11 +345,12 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
     )
     if start is not None:
         log.say(f"going on from {start} (step {step})")
+    stop = until_the_end.enter_context(_signals())
     if start is None:
         measure()
     tensors: dict[str, Tensor] = {}
     began, begun_at = time.perf_counter(), step
-    stop = until_the_end.enter_context(_signals())
+    collapsed = False
     while step < steps and not stop.agreed(control):
         lr = optim.learning_rate(
             recipe.optim,
@@ -384,6 +397,12 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
         }
         log.log(step, line)
         recent.clear()
+        if line.get("std", 1.0) < COLLAPSED and not collapsed:
+            collapsed = True
+            log.say(
+                f"warning: the embeddings are almost all alike (std {line['std']:.2g}, 1 is spread "
+                "out): the features collapse; a lower optim.lr or more objective.negatives may help"
+            )
         if to_probe:  # before the checkpoint: a run killed between the two repeats both
             measure()
         if to_save:
@@ -496,8 +515,10 @@ def _last_words(out: Path, log: journal.Journal) -> None:
 
 def _precision(asked: str, on_cpu: bool) -> str:
     """What Accelerate calls it; auto: bf16 on a GPU that has it, fp16 on others, else fp32."""
+    # Without emulation, which older GPUs offer and which is slow.
+    bf16 = not on_cpu and torch.cuda.is_bf16_supported(including_emulation=False)
     if asked == "auto":
-        asked = "fp32" if on_cpu else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        asked = "fp32" if on_cpu else "bf16" if bf16 else "fp16"
     if asked == "fp16" and on_cpu:
         raise config.RecipeError("train.precision (fp16) needs a GPU: give fp32, bf16 or auto")
     return "no" if asked == "fp32" else asked
@@ -529,14 +550,12 @@ def _all_to_first(value: object, control: "dist.ProcessGroup | None") -> list[An
 @contextlib.contextmanager
 def _one_at_a_time(cache: Path) -> Iterator[None]:
     """Processes of one machine, one after the other: the second finds the first one's work."""
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        file = (cache / ".lock").open("w")
-    except OSError:  # no cache: each does its own work
-        yield
-        return
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with contextlib.ExitStack() as locked:
+        # Without a cache, or on a file system without locks, each does its own work.
+        with contextlib.suppress(OSError):
+            cache.mkdir(parents=True, exist_ok=True)
+            file = locked.enter_context((cache / ".lock").open("w"))
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 

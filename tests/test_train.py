@@ -1,6 +1,8 @@
 """The main job, whole: what a run leaves, exact resume, signals, several processes, mistakes."""
 
+import errno
 import json
+import math
 import os
 import pty
 import shutil
@@ -13,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from fastssl import checkpoint, journal, train
@@ -513,6 +516,7 @@ def stopped(command, tmp_path, monkeypatch) -> Path:
 def test_another_recipe_another_batch_or_another_file_list_is_refused_by_name(
     stopped, command, capsys, data, tmp_path, recipe
 ):
+    before = sorted((path, path.stat().st_mtime_ns) for path in stopped.rglob("*"))
     assert "optim.lr: 0.05 there, 0.1 here" in fails(command("optim.lr=0.1"), capsys)
     assert "train.batch: 8 there, 4 here" in fails(command("train.batch=4"), capsys)
     some = next((data / "train").glob("*/*.jpg"))
@@ -523,6 +527,8 @@ def test_another_recipe_another_batch_or_another_file_list_is_refused_by_name(
     finally:
         more.unlink()
     assert "file list" in message
+    after = sorted((p, p.stat().st_mtime_ns) for p in stopped.rglob("*") if p.name != ".lock")
+    assert after == [each for each in before if each[0].name != ".lock"]
     assert train.main(command()) == 0  # nothing was lost
 
 
@@ -612,6 +618,67 @@ def test_a_loss_that_is_no_number_stops_with_the_step_and_the_images(command, ca
     assert "the loss is nan at step" in said
     assert "rows" in said
     assert not (tmp_path / "run" / "backbone.json").exists()
+
+
+def test_a_stop_after_the_loss_broke_saves_nothing(command, tmp_path, monkeypatch, capsys):
+    stop_at(monkeypatch, 6)
+    broken = ["optim.lr=1.0e+30", "optim.final_lr=0", "train.log_steps=1000"]
+    code = train.main(command(*broken, "train.checkpoint_steps=1000"))
+
+    assert code == 1
+    assert "the loss is nan at step" in capsys.readouterr().err
+    assert checkpoint.latest(tmp_path / "run" / "checkpoints") is None
+
+
+def test_a_full_disk_costs_lines_for_a_while_and_not_the_run(
+    whole, command, capsys, monkeypatch, tmp_path
+):
+    usual, calls = os.write, []
+
+    def full_for_a_while(file, data):
+        if b'"loss"' in data:
+            calls.append(data)
+            if 3 <= len(calls) <= 5:
+                raise OSError(errno.ENOSPC, "No space left on device")
+        return usual(file, data)
+
+    monkeypatch.setattr(os, "write", full_for_a_while)
+    assert train.main(command()) == 0
+    monkeypatch.undo()
+
+    assert capsys.readouterr().out.count("metrics.jsonl can't be written: No space left") == 1
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_a_mistake_met_at_the_first_step_can_be_corrected_in_the_same_folder(command, capsys):
+    grid = ["pipeline.grid=2", "train.steps=1"]
+    message = fails(command(*grid), capsys)
+
+    assert "patches (9) must be as many as the pipeline puts out: 4" in message
+    assert train.main(command(*grid, "objective.patches=4")) == 0
+
+
+def test_a_tracker_that_is_not_there_is_refused_by_name(command, capsys, tmp_path):
+    message = fails(command("train.trackers=[tensorbored]"), capsys)
+
+    assert "train.trackers: tensorbored is not installed or not known" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_embeddings_that_collapse_are_told_once(command, capsys, monkeypatch):
+    monkeypatch.setattr(train, "COLLAPSED", 10.0)
+    assert train.main(command("train.steps=3")) == 0
+
+    assert capsys.readouterr().out.count("the embeddings are almost all alike") == 1
+
+
+def test_half_precision_clipping_and_parts_of_a_batch_train_together(command, tmp_path):
+    options = ["train.precision=bf16", "train.clip=1.0", "train.accumulate=2", "train.steps=4"]
+    AcceleratorState._reset_state(True)  # a process has one precision, as Accelerate sees it
+    assert train.main(command(*options)) == 0
+    AcceleratorState._reset_state(True)
+
+    assert all(math.isfinite(line["loss"]) for line in lines(tmp_path / "run"))
 
 
 def test_a_disk_that_is_full_for_a_while_costs_a_checkpoint_and_not_the_run(

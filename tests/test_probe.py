@@ -1,0 +1,162 @@
+"""The kNN probe: votes against a slow version, every image counted once, folders that don't fit."""
+
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+
+from fastssl import probe
+from pipelines import evaluation
+from pipelines.readers import folder
+from tests import tiny_backbone
+
+
+def slow_knn(train, labels, val, neighbours: int, temperature: float, classes: int) -> list[int]:
+    predicted = []
+    for one in val.tolist():
+        similar = [sum(a * b for a, b in zip(one, row, strict=True)) for row in train.tolist()]
+        nearest = sorted(range(len(similar)), key=lambda row: -similar[row])[:neighbours]
+        votes = [0.0] * classes
+        for row in nearest:
+            votes[int(labels[row])] += math.exp(similar[row] / temperature)
+        predicted.append(votes.index(max(votes)))
+    return predicted
+
+
+@pytest.mark.parametrize("neighbours", [1, 5, 37])
+@pytest.mark.parametrize("temperature", [0.07, 1.0])
+@pytest.mark.parametrize("block", [4, 1024])
+def test_votes_are_those_of_a_slow_version(neighbours, temperature, block):
+    generator = torch.Generator().manual_seed(neighbours)
+    train = F.normalize(torch.randn(37, 6, generator=generator, dtype=torch.float64), dim=1)
+    val = F.normalize(torch.randn(11, 6, generator=generator, dtype=torch.float64), dim=1)
+    labels = torch.randint(0, 4, (37,), generator=generator)
+    predicted = probe.knn(
+        train, labels, val, neighbours=neighbours, temperature=temperature, classes=4, block=block
+    )
+
+    assert predicted.tolist() == slow_knn(train, labels, val, neighbours, temperature, 4)
+
+
+def test_near_neighbours_outvote_many_far_ones_at_a_low_temperature_only():
+    train = F.normalize(torch.tensor([[1.0, 0.0], [0.9, 0.5], [0.9, 0.5]]), dim=1)
+    labels, val = torch.tensor([0, 1, 1]), torch.tensor([[1.0, 0.0]])
+    votes = [
+        probe.knn(train, labels, val, neighbours=3, temperature=temperature, classes=2).item()
+        for temperature in (0.07, 10.0)
+    ]
+
+    assert votes == [0, 1]
+
+
+@pytest.fixture
+def data(tmp_path, demo_images) -> Path:
+    """train/ with 3 classes of 7 and val/ with 2 of them, 5 and 4 images: nothing divides."""
+    for split, counts in (("train", (7, 7, 7)), ("val", (0, 5, 4))):
+        classes = sorted((demo_images / split).iterdir())[:3]
+        for images, count in zip(classes, counts, strict=True):
+            for file in sorted(images.iterdir())[:count]:
+                (tmp_path / split / images.name).mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, tmp_path / split / images.name)
+    return tmp_path
+
+
+def make(root: Path, **options) -> probe.Knn:
+    return probe.Knn(
+        root,
+        probe.Options(**options),
+        reader=folder,
+        data=folder.Options(root="elsewhere", limit=2),  # training's limit is not the probe's
+        graph=evaluation,
+        evaluation=evaluation.Options(resize=36, crop=32),
+        cache=root / "cache",
+        threads=1,
+        say=lambda _: None,
+    )
+
+
+def tiny() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return tiny_backbone.backbone(tiny_backbone.Options())
+
+
+@pytest.mark.parametrize("batch", [1, 4, 128])
+def test_every_image_counts_once_whatever_the_batch_and_k_is_capped(data, batch):
+    accelerator = Accelerator(cpu=True)
+    backbone = tiny().train()
+    found = make(data, batch=batch, neighbours=(3, 200)).accuracies(backbone, accelerator)
+
+    assert found.keys() == {3, 200}
+    for value in found.values():
+        assert 9 * value == pytest.approx(round(9 * value), abs=1e-5)  # ninths: 9 images, each once
+    assert found == pytest.approx(
+        make(data, batch=7, neighbours=(3, 200)).accuracies(backbone, accelerator)
+    )
+    assert backbone.training
+
+
+def test_a_class_keeps_its_number_when_val_lacks_the_first(data):
+    # The training images themselves as val, without the first class: each is its own neighbour.
+    shutil.rmtree(data / "val")
+    shutil.copytree(data / "train", data / "val")
+    shutil.rmtree(sorted((data / "val").iterdir())[0])
+    found = make(data, neighbours=(1,)).accuracies(tiny(), Accelerator(cpu=True))
+
+    assert found == {1: 1.0}
+
+
+def test_only_so_many_training_images_are_used_evenly_spaced(data):
+    limited = make(data, images=3, neighbours=(1, 200))
+    found = limited.accuracies(tiny(), Accelerator(cpu=True))
+
+    assert found.keys() == {1, 200}
+    assert all(0 <= value <= 1 for value in found.values())
+
+
+def test_a_probe_changes_nothing_in_the_network_or_the_random_state(data):
+    backbone = tiny().train()
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    state = torch.get_rng_state()
+    make(data).accuracies(backbone, Accelerator(cpu=True))
+
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
+
+
+def test_folders_that_do_not_fit_are_named(data, tmp_path):
+    with pytest.raises(ValueError, match=r"probe.root \(.*nowhere\): .*no folder"):
+        make(tmp_path / "nowhere")
+    stranger = data / "val" / "stranger"
+    stranger.mkdir()
+    shutil.copy(next((data / "train").glob("*/*.jpg")), stranger)
+    with pytest.raises(ValueError, match="lacks: stranger"):
+        make(data)
+    shutil.copy(next((data / "train").glob("*/*.jpg")), data / "train")
+    with pytest.raises(ValueError, match="train has no class folders"):
+        make(data)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"every_epochs": -1}, r"every_epochs \(-1\) must be at least 0"),
+        ({"neighbours": ()}, r"neighbours \(\[\]\) must be positive"),
+        ({"temperature": 0.0}, r"temperature \(0.0\) must be above 0"),
+        ({"batch": 0}, r"batch \(0\) must be at least 1"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        probe.Options(**options)
+
+
+def test_the_folder_around_train_is_probed_where_it_has_a_val(data):
+    inferred = probe.folder_of(probe.Options(), folder.Options(root=str(data / "train")))
+    named = probe.folder_of(probe.Options(root="/x"), folder.Options(root=str(data / "train")))
+    none = probe.folder_of(probe.Options(), folder.Options(root=str(data / "val")))
+
+    assert (inferred, named, none) == (data, Path("/x"), None)
