@@ -40,4 +40,4 @@ def graph(
 ) -> dict[str, DataNode]:
     """Puts out `image` [crop, crop, 3] and `index` [1]."""
     pixels = ops.decode(encoded, device)
-    return {"image": ops.center_crop(pixels, options.resize, options.crop), "index": index}
+    return {"image": ops.center_crop(pixels, encoded, options.resize, options.crop), "index": index}

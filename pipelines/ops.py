@@ -54,18 +54,30 @@ def random_resized_crop(
     )
 
 
-def center_crop(image: DataNode, resize: int, crop: int) -> DataNode:
+def center_crop(image: DataNode, encoded: DataNode, resize: int, crop: int) -> DataNode:
     """The middle `crop` x `crop` of the image resized to a short side of `resize`.
 
-    Bilinear with antialiasing, as torchvision's Resize + CenterCrop. Only the pixels of the crop
-    are resampled.
+    Bilinear with antialiasing, on the very grid of torchvision's Resize + CenterCrop: the long side
+    rounded down, the crop's place rounded half to even. Only the pixels of the crop are resampled.
+
+    Args:
+        image: uint8 HWC, decoded from `encoded`.
+        encoded: its bytes, whose header tells the size on the CPU.
+        resize: pixels of the short side.
+        crop: pixels a side, at most `resize`.
     """
-    return fn.resize_crop_mirror(
+    size = fn.peek_image_shape(encoded, dtype=DALIDataType.INT32)[0:2]  # upright, as decoded
+    resized = size * resize // fn.reductions.min(size, axes=[0])
+    spare = resized - crop
+    half = spare // 2
+    odd = spare - 2 * half
+    start = half + odd * (half - 2 * (half // 2))
+    per_pixel = fn.cast(size, dtype=DALIDataType.FLOAT) / fn.cast(resized, dtype=DALIDataType.FLOAT)
+    return fn.resize(
         image,
-        resize_shorter=float(resize),
-        crop=[crop, crop],
-        crop_pos_x=0.5,
-        crop_pos_y=0.5,
+        size=[crop, crop],
+        roi_start=start * per_pixel,
+        roi_end=(start + crop) * per_pixel,
         interp_type=DALIInterpType.INTERP_LINEAR,
         antialias=True,
     )
