@@ -73,7 +73,7 @@ def center_crop(image: DataNode, encoded: DataNode, resize: int, crop: int) -> D
     odd = spare - 2 * half
     start = half + odd * (half - 2 * (half // 2))
     per_pixel = fn.cast(size, dtype=DALIDataType.FLOAT) / fn.cast(resized, dtype=DALIDataType.FLOAT)
-    return fn.resize(
+    middle = fn.resize(
         image,
         size=[crop, crop],
         roi_start=start * per_pixel,
@@ -81,6 +81,8 @@ def center_crop(image: DataNode, encoded: DataNode, resize: int, crop: int) -> D
         interp_type=DALIInterpType.INTERP_LINEAR,
         antialias=True,
     )
+    assert isinstance(middle, DataNode)  # one image in, one out
+    return middle
 
 
 def random_flip(image: DataNode, probability: float = 0.5) -> DataNode:
