@@ -79,3 +79,15 @@ def png_of() -> Callable[[np.ndarray], bytes]:
         return file.getvalue()
 
     return encode
+
+
+@pytest.fixture(scope="session")
+def recipe(tmp_path_factory, checkout) -> Path:
+    """The real recipe with another backbone, and without its demo section (for ResNets)."""
+    text = (checkout / "recipes" / "pirl_jigsaw.yaml").read_text()
+    text = text[: text.index("\ndemo:")]
+    network = "use: fastssl.backbones.resnet\n  name: resnet50\n"
+    assert network in text
+    path = tmp_path_factory.mktemp("recipe") / "small.yaml"
+    path.write_text(text.replace(network, "use: tests.tiny_backbone\n"))
+    return path

@@ -38,18 +38,6 @@ def same_image_40_times(tmp_path_factory, demo_images) -> Path:
     return root / "train"
 
 
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory, checkout) -> Path:
-    """The real recipe with another backbone, and without its demo section (for ResNets)."""
-    text = (checkout / "recipes" / "pirl_jigsaw.yaml").read_text()
-    text = text[: text.index("\ndemo:")]
-    network = "use: fastssl.backbones.resnet\n  name: resnet50\n"
-    assert network in text
-    path = tmp_path_factory.mktemp("recipe") / "small.yaml"
-    path.write_text(text.replace(network, "use: tests.tiny_backbone\n"))
-    return path
-
-
 def free_port() -> int:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))

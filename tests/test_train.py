@@ -51,18 +51,6 @@ def data(tmp_path_factory, demo_images) -> Path:
     return root
 
 
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory, checkout) -> Path:
-    """The real recipe with another backbone, and without its demo section (for ResNets)."""
-    text = (checkout / "recipes" / "pirl_jigsaw.yaml").read_text()
-    text = text[: text.index("\ndemo:")]
-    network = "use: fastssl.backbones.resnet\n  name: resnet50\n"
-    assert network in text
-    path = tmp_path_factory.mktemp("recipe") / "small.yaml"
-    path.write_text(text.replace(network, "use: tests.tiny_backbone\n"))
-    return path
-
-
 @pytest.fixture
 def command(recipe, data, tmp_path) -> Callable[..., list[str]]:
     """The command line of a small run into tmp_path/run."""
