@@ -47,6 +47,7 @@ class TrainOptions:
     checkpoint_steps: int = 500
     keep: int = 2  # checkpoints, the newest
     log_steps: int = 50
+    chance_steps: int = 2000  # warn if the pretext accuracy is still that of guessing after so many
     clip: float | None = None  # norm of the gradient
     compile: bool = False
     sync_batchnorm: bool = False
@@ -56,7 +57,7 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         counts = ("epochs", "steps", "batch", "accumulate", "checkpoint_steps", "keep", "log_steps")
-        for name in (*counts, "threads", "prefetch"):
+        for name in (*counts, "chance_steps", "threads", "prefetch"):
             count = getattr(self, name)
             if count is not None and count < 1:
                 raise ValueError(f"{name} ({count}) must be at least 1")
@@ -82,7 +83,7 @@ SECTIONS = (*PARTS, *SETTINGS)
 # What a resumed run may set anew: nothing here changes what is learnt.
 FREE_ON_RESUME = frozenset(
     [f"train.{key}" for key in ("out", "resume", "steps", "checkpoint_steps", "keep", "log_steps")]
-    + [f"train.{key}" for key in ("threads", "prefetch", "trackers")]
+    + [f"train.{key}" for key in ("chance_steps", "threads", "prefetch", "trackers")]
     + [f"probe.{field.name}" for field in fields(probe.Options)]
 )
 
@@ -149,6 +150,11 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         options = make(path, section, schema, entries, given, errors)
         if options is None:
             continue
+        if section == "pipeline" and (lacking := {"classes", "largest_crop"} - {*dir(options)}):
+            errors.append(
+                f"{path}: pipeline.use: {schema.name}.Options must offer {sorted(lacking)}:"
+                " pipelines/__init__.py says what"
+            )
         made[section] = options
         values[section] = {key: _plain(getattr(options, key)) for key in schema.types}
         if schema.module is not None:
@@ -191,13 +197,20 @@ def differences(
 def check_outputs(wanted: Part, outputs: Iterable[str], put_out_by: Part) -> None:
     """Compares what the objective `wanted` takes with the `outputs` of the graph.
 
+    A parameter of forward with a default may stay away, unless the objective's `takes(options)`
+    names it.
+
     Raises:
         RecipeError: a name is missing or spare.
     """
-    names = list(inspect.signature(wanted.module.Objective.forward).parameters)
-    takes, puts = set(names[1:]), set(outputs)  # without self
+    forward = inspect.signature(wanted.module.Objective.forward)
+    parameters = list(forward.parameters.values())[1:]  # without self
+    takes, puts = {each.name for each in parameters}, set(outputs)
+    needs = {each.name for each in parameters if each.default is each.empty}
+    if "takes" in vars(wanted.module):  # an objective that serves several graphs
+        needs |= wanted.module.takes(wanted.options)
     errors: list[str] = []
-    if missing := sorted(takes - puts):
+    if missing := sorted(needs - puts):
         errors.append(
             f"{wanted.use} wants {missing}, which {put_out_by.use} does not put out"
             f" (it puts out {sorted(puts)})"

@@ -5,6 +5,7 @@ the answer is that of one process.
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,6 +35,27 @@ def gather(tensor: Tensor) -> Tensor:
     joined = tensor.new_empty((world() * len(tensor), *tensor.shape[1:]))
     dist.all_gather_into_tensor(joined, tensor)
     return joined
+
+
+def gather_with_gradient(tensor: Tensor) -> Tensor:
+    """As `gather`, and the gradient of what every process made of this one's part comes back.
+
+    DDP divides by the number of processes: where each process's loss is a mean over its own
+    images, the averaged gradient is that of one process with the joined batch.
+    """
+    return tensor if world() == 1 else _Gather.apply(tensor)  # pyright: ignore[reportReturnType]
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return gather(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        gradient = gradients[0].contiguous()
+        dist.all_reduce(gradient)  # over what all processes made of all parts
+        return gradient.chunk(world())[rank()]
 
 
 @torch.no_grad()

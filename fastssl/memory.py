@@ -41,7 +41,7 @@ class Memory(nn.Module):
         self.steps = 0  # finished: the position in the stream of negatives
         self.seen: list[tuple[Tensor, Tensor]] = []  # index, embedding of this step's batches
         # drawn on the CPU, whose generator gives the same numbers whatever the GPU
-        rows = torch.randn(images, dimension, generator=_generator("cpu", seed, "rows"))
+        rows = torch.randn(images, dimension, generator=generator("cpu", seed, "rows"))
         self.register_buffer("rows", functional.normalize(rows, dim=1))
 
     def draw(self, count: int, *, batch: int | None = None) -> Tensor:
@@ -60,8 +60,8 @@ class Memory(nn.Module):
             size, stream = (count,), f"step {self.steps}"
         else:
             size, stream = (batch, count), f"step {self.steps}.{len(self.seen)} rank {rank()}"
-        generator = _generator(device, self.seed, stream)
-        return torch.randint(len(self.rows), size, generator=generator, device=device)
+        numbers = generator(device, self.seed, stream)
+        return torch.randint(len(self.rows), size, generator=numbers, device=device)
 
     def see(self, index: Tensor, embedding: Tensor) -> None:
         """Keep a batch for `finish_step`: `index` [B], int64, and unit `embedding` [B, D]."""
@@ -106,7 +106,8 @@ class Memory(nn.Module):
         self.seen.clear()
 
 
-def _generator(device: str | torch.device, seed: int, stream: str) -> torch.Generator:
+def generator(device: str | torch.device, seed: int, stream: str) -> torch.Generator:
+    """Random numbers that are a function of `seed` and the name of their `stream` alone."""
     # hashed, because the CPU's generator reads 32 bits of a seed and neighbours must not overlap
     digest = hashlib.sha256(f"memory {seed} {stream}".encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:4], "little"))

@@ -242,7 +242,8 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
         backbone,
         recipe.objective.options,
         images=len(samples),
-        classes=len(samples.classes),
+        classes=recipe.pipeline.options.classes,
+        labels=None if samples.labels is None else torch.from_numpy(samples.labels),
         seed=options.seed,
     )
     objective = objective.to(device=device, memory_format=torch.channels_last)
@@ -350,7 +351,7 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
         measure()
     tensors: dict[str, Tensor] = {}
     began, begun_at = time.perf_counter(), step
-    collapsed = False
+    collapsed = guessing = False
     while step < steps and not stop.agreed(control):
         lr = optim.learning_rate(
             recipe.optim,
@@ -396,12 +397,20 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
             **_means([metrics for _, metrics in recent]),
         }
         log.log(step, line)
+        images = options.batch * len(recent) / options.accumulate  # that the line is about
         recent.clear()
         if line.get("std", 1.0) < COLLAPSED and not collapsed:
             collapsed = True
             log.say(
                 f"warning: the embeddings are almost all alike (std {line['std']:.2g}, 1 is spread "
                 "out): the features collapse; a lower optim.lr or more objective.negatives may help"
+            )
+        if step >= options.chance_steps and not guessing and _is_chance(line, images):
+            guessing = True
+            log.say(
+                f"warning: after {step:,} steps the pretext accuracy ({line['accuracy']:.2%}) is "
+                f"that of guessing ({line['chance']:.2%}): the task is not being learnt; another "
+                "optim.lr, a longer warm-up or an easier task (fewer classes) may help"
             )
         if to_probe:  # before the checkpoint: a run killed between the two repeats both
             measure()
@@ -428,6 +437,14 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
             export.save_backbone(out, backbone, recipe, step=step)
             _last_words(out, log)
     return STOPPED if step < steps else 0
+
+
+def _is_chance(line: dict[str, Any], answers: float) -> bool:
+    """Whether `answers` guesses would be as accurate, give or take three standard deviations."""
+    if "accuracy" not in line or "chance" not in line:
+        return False
+    chance = line["chance"]
+    return line["accuracy"] <= chance + 3 * math.sqrt(chance * (1 - chance) / answers)
 
 
 class Diverged(RuntimeError):

@@ -30,6 +30,11 @@ class Options:
             raise ValueError(f"crop ({self.crop}) must fit in resize ({self.resize})")
 
     @property
+    def classes(self) -> int:
+        """It puts out no label."""
+        return 0
+
+    @property
     def largest_crop(self) -> int:
         """Pixels a side that an image is resized to; smaller images are enlarged."""
         return self.resize

@@ -10,7 +10,7 @@ from itertools import permutations
 from typing import Literal
 
 import numpy as np
-from nvidia.dali import fn
+from nvidia.dali import fn, math
 from nvidia.dali.data_node import DataNode
 from nvidia.dali.types import Constant, DALIDataType, DALIImageType, DALIInterpType
 
@@ -72,8 +72,56 @@ def center_crop(image: DataNode, encoded: DataNode, resize: int, crop: int) -> D
     half = spare // 2
     odd = spare - 2 * half
     start = half + odd * (half - 2 * (half // 2))
+    return _resize_region(image, size, resized, start, crop)
+
+
+def resized_crop(
+    image: DataNode,
+    encoded: DataNode,
+    *,
+    resize: int,
+    crop: int,
+    keep_aspect: bool = False,
+    random: bool = True,
+) -> DataNode:
+    """A square cut at whole pixels out of the resized image; bilinear with antialiasing.
+
+    Only the pixels of the crop are resampled. Its place is uniform over all that fit.
+
+    Args:
+        image: uint8 HWC, decoded from `encoded`.
+        encoded: its bytes, whose header tells the size on the CPU.
+        resize: pixels a side of the resized image; with `keep_aspect` of its short side.
+        crop: pixels a side, at most `resize`.
+        keep_aspect: False: squeezed to a square, as K19's code does with 292.
+        random: False takes the middle (`center_crop`, where the aspect is kept).
+    """
+    if keep_aspect and not random:
+        return center_crop(image, encoded, resize, crop)
+    size = fn.peek_image_shape(encoded, dtype=DALIDataType.INT32)[0:2]  # upright, as decoded
+    if keep_aspect:
+        resized = size * resize // fn.reductions.min(size, axes=[0])
+    else:
+        resized = size * 0 + resize
+    spare = resized - crop
+    if random:
+        drawn = fn.random.uniform(range=[0.0, 1.0], shape=[2])  # below 1, so that spare is the last
+        start = fn.cast(
+            math.floor(drawn * fn.cast(spare + 1, dtype=DALIDataType.FLOAT)),
+            dtype=DALIDataType.INT32,
+        )
+        start = math.min(start, spare)  # float32: 0.99999994 * 38 rounds up to 38
+    else:
+        start = spare // 2
+    return _resize_region(image, size, resized, start, crop)
+
+
+def _resize_region(
+    image: DataNode, size: DataNode, resized: DataNode, start: DataNode, crop: int
+) -> DataNode:
+    """The `crop` x `crop` at `start` of the image as if it had been `resized` whole."""
     per_pixel = fn.cast(size, dtype=DALIDataType.FLOAT) / fn.cast(resized, dtype=DALIDataType.FLOAT)
-    middle = fn.resize(
+    region = fn.resize(
         image,
         size=[crop, crop],
         roi_start=start * per_pixel,
@@ -81,8 +129,25 @@ def center_crop(image: DataNode, encoded: DataNode, resize: int, crop: int) -> D
         interp_type=DALIInterpType.INTERP_LINEAR,
         antialias=True,
     )
-    assert isinstance(middle, DataNode)  # one image in, one out
-    return middle
+    assert isinstance(region, DataNode)  # one image in, one out
+    return region
+
+
+def padded_crop(image: DataNode, encoded: DataNode, *, size: int, pad: int) -> DataNode:
+    """`size` x `size` at a random place of the image with `pad` black pixels around it.
+
+    The image itself is `size` x `size`, as CIFAR's are for 32 (then not a pixel changes), or made
+    so: short side resized to `size`, the middle cut out.
+    """
+    square = center_crop(image, encoded, resize=size, crop=size)
+    return fn.slice(
+        square,
+        start=integers(2 * pad + 1, shape=[2]) - pad,
+        shape=[size, size],
+        axes=[0, 1],
+        out_of_bounds_policy="pad",
+        fill_values=[0.0],
+    )
 
 
 def random_flip(image: DataNode, probability: float = 0.5) -> DataNode:
@@ -90,6 +155,35 @@ def random_flip(image: DataNode, probability: float = 0.5) -> DataNode:
     if probability == 0:
         return image
     return fn.flip(image, horizontal=fn.random.coin_flip(probability=probability))
+
+
+def quarter_turns(image: DataNode) -> DataNode:
+    """A square image turned by 0, 90, 180 and 270 degrees counter-clockwise: [4, S, S, 3].
+
+    Transposes and flips: exact, on either backend, and a third of what `fn.rotate` costs on the
+    CPU. The direction is that of torch.rot90.
+    """
+    across = fn.transpose(image, perm=[1, 0, 2], output_layout="HWC")
+    turned = [
+        image,
+        fn.flip(across, horizontal=0, vertical=1),
+        fn.flip(image, horizontal=1, vertical=1),
+        fn.flip(across, horizontal=1, vertical=0),
+    ]
+    return fn.stack(*turned, axis=0, axis_name="F")
+
+
+def quarter_turn(image: DataNode, turns: DataNode) -> DataNode:
+    """A square image turned by 90 degrees counter-clockwise `turns` times (int32, 0 ... 3)."""
+    across = fn.transpose(image, perm=[1, 0, 2], output_layout="HWC")
+    both = fn.stack(image, across, axis=0, axis_name="F")
+    base = fn.reshape(both[turns % 2], layout="HWC")
+    vertical = (turns == 1) | (turns == 2)
+    return fn.flip(
+        base,
+        horizontal=fn.cast(turns >= 2, dtype=DALIDataType.INT32),
+        vertical=fn.cast(vertical, dtype=DALIDataType.INT32),
+    )
 
 
 def color_jitter(
@@ -159,6 +253,21 @@ def random_grayscale(
     return pixels * (Constant(1).uint8() - gray_here) + gray * gray_here
 
 
+def table(values: np.ndarray) -> DataNode:
+    """The same array for every image, on the CPU."""
+    node = Constant(values, device="cpu")
+    assert isinstance(node, DataNode)  # a scalar would stay a constant
+    return node
+
+
+def integers(below: int, shape: Sequence[int] = ()) -> DataNode:
+    """Uniform integers in 0 ... below - 1, int32; a scalar, or of `shape`."""
+    values = [float(value) for value in range(below)]
+    if shape:
+        return fn.random.uniform(values=values, shape=list(shape), dtype=DALIDataType.INT32)
+    return fn.random.uniform(values=values, dtype=DALIDataType.INT32)
+
+
 def random_permutation(cells: int, count: int | None = None) -> DataNode:
     """An order of `cells` cells, int64 [cells], uniform over all cells! of them or over a set.
 
@@ -167,30 +276,15 @@ def random_permutation(cells: int, count: int | None = None) -> DataNode:
         count: draw from `permutation_set(cells, count)` only; None: from all.
     """
     if count is not None:
-        table = permutation_set(cells, count)
-        return fn.cast(_table(table)[_integers(count)], dtype=DALIDataType.INT64)
+        rows = table(permutation_set(cells, count))
+        return fn.cast(rows[integers(count)], dtype=DALIDataType.INT64)
     # The ranks of random keys: a table of all 9! rows would cost seconds at every start. The low
     # digit makes keys distinct: two equal draws (once in 500,000 images) still give an order.
     drawn = fn.random.uniform(range=[0.0, 1.0], shape=[cells])
     keys = fn.cast(drawn * float(2**24), dtype=DALIDataType.INT32) * 16
-    keys = keys + _table(np.arange(cells, dtype=np.int32))
+    keys = keys + table(np.arange(cells, dtype=np.int32))
     smaller = fn.reshape(keys, shape=[1, cells]) < fn.reshape(keys, shape=[cells, 1])
     return fn.reductions.sum(fn.cast(smaller, dtype=DALIDataType.INT64), axes=[1])
-
-
-def _table(values: np.ndarray) -> DataNode:
-    """The same array for every image, on the CPU."""
-    node = Constant(values, device="cpu")
-    assert isinstance(node, DataNode)  # a scalar would stay a constant
-    return node
-
-
-def _integers(below: int, shape: Sequence[int] = ()) -> DataNode:
-    """Uniform integers in 0 ... below - 1, int32."""
-    values = [float(value) for value in range(below)]
-    if shape:
-        return fn.random.uniform(values=values, shape=list(shape), dtype=DALIDataType.INT32)
-    return fn.random.uniform(values=values, dtype=DALIDataType.INT32)
 
 
 def random_patches(
@@ -213,12 +307,12 @@ def random_patches(
     cell = side // grid
     count = grid * grid
     corners = np.array([(cell * (i // grid), cell * (i % grid)) for i in range(count)], np.int32)
-    corner = _table(corners)
+    corner = table(corners)
     if gap:
-        offset = _integers(cell - patch + 1, shape=[count, 2])
+        offset = integers(cell - patch + 1, shape=[count, 2])
     else:
         middle = (cell - patch) // 2
-        offset = _table(np.full((count, 2), middle, np.int32))
+        offset = table(np.full((count, 2), middle, np.int32))
     cut = [
         fn.slice(image, start=corner[order[k]] + offset[k], shape=[patch, patch], axes=[0, 1])
         for k in range(count)
@@ -236,13 +330,13 @@ def permutation_set(cells: int, count: int) -> np.ndarray:
     Raises:
         ValueError: there are not that many.
     """
-    table = np.array(list(permutations(range(cells))), np.uint8)
-    if not 1 <= count <= len(table):
-        raise ValueError(f"permutations ({count}) must be in 1 ... {len(table)}")
-    chosen = [int(np.random.Generator(np.random.Philox(0)).integers(len(table)))]
-    agreement = np.zeros(len(table), np.int64)  # matches with the chosen ones, summed
+    every = np.array(list(permutations(range(cells))), np.uint8)
+    if not 1 <= count <= len(every):
+        raise ValueError(f"permutations ({count}) must be in 1 ... {len(every)}")
+    chosen = [int(np.random.Generator(np.random.Philox(0)).integers(len(every)))]
+    agreement = np.zeros(len(every), np.int64)  # matches with the chosen ones, summed
     while len(chosen) < count:
-        agreement += (table == table[chosen[-1]]).sum(axis=1)
+        agreement += (every == every[chosen[-1]]).sum(axis=1)
         agreement[chosen] = np.iinfo(np.int64).max // 2
         chosen.append(int(agreement.argmin()))
-    return table[chosen].astype(np.int32)
+    return every[chosen].astype(np.int32)

@@ -85,6 +85,11 @@ class Options:
         return 24 if self.grid == 2 else 362_880
 
     @property
+    def classes(self) -> int:
+        """It puts out no label."""
+        return 0
+
+    @property
     def largest_crop(self) -> int:
         """Pixels a side that an image is resized to; smaller images are enlarged."""
         return max(self.image_size, self.patches_crop)

@@ -11,16 +11,23 @@ from fastssl import distributed
 from fastssl.objectives import pirl
 
 Options = pirl.Options
+takes = pirl.takes
 
 
 class Objective(pirl.Objective):
     _seen: list[int]
 
     def forward(
-        self, image: Tensor, patches: Tensor, permutation: Tensor, index: Tensor
+        self,
+        image: Tensor,
+        index: Tensor,
+        patches: Tensor | None = None,
+        permutation: Tensor | None = None,
+        turned: Tensor | None = None,
+        angle: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         self._seen = [*getattr(self, "_seen", []), *index.tolist()]
-        return super().forward(image, patches, permutation, index)
+        return super().forward(image, index, patches, permutation, turned, angle)
 
     def finish_step(self) -> None:
         super().finish_step()

@@ -27,6 +27,10 @@ from typing import Literal
 @dataclass(frozen=True, kw_only=True)
 class Options:
 """
+OFFERS = """
+    largest_crop = property(lambda self: 64)
+    classes = property(lambda self: 0)
+"""
 LAB = {  # plug-ins as small as they come
     "reader": OPTIONS
     + "    root: str\n"
@@ -45,13 +49,21 @@ LAB = {  # plug-ins as small as they come
     + "    def __post_init__(self):\n"
     + "        if self.size > 100 / self.grid:\n"
     + "            raise ValueError(f'size ({self.size}) must fit in a cell')\n"
+    + OFFERS
     + "def graph(): ...\n",
-    "rotation": OPTIONS + "    angles: int = 4\n" + "def graph(): ...\n",
+    "rotation": OPTIONS + "    angles: int = 4\n" + OFFERS + "def graph(): ...\n",
+    "silent": OPTIONS + "    classes: int = 4\n    size: float = 1.0\n" + "def graph(): ...\n",
     "network": OPTIONS + "    name: str = 'resnet50'\n" + "def backbone(): ...\n",
     "loss": OPTIONS
     + "    negatives: int = 10\n"
     + "class Objective:\n"
     + "    def forward(self, image, patches, index): ...\n",
+    "two_graphs": OPTIONS
+    + "    weight: float = 1.0\n"
+    + "def takes(options):\n"
+    + "    return {'patches'} if options.weight else set()\n"
+    + "class Objective:\n"
+    + "    def forward(self, image, patches=None): ...\n",
     "helpers": "def graph(): ...\n",
     "needs": "import lab_of_tests.reader\nimport no_such_package\n",
     "raises": "nothing = 1 / 0\n",
@@ -537,6 +549,26 @@ def test_a_graph_must_put_out_exactly_what_the_objective_takes(path: Path):
         " (it takes ['image', 'index', 'patches'])"
     )
     assert "pipeline.use and an objective.use that belong together" in remedy
+
+
+def test_an_objective_for_several_graphs_names_what_its_options_need(path: Path):
+    path.write_text(RECIPE.replace("lab_of_tests.loss", "lab_of_tests.two_graphs"))
+    recipe = config.load(path)
+    weightless = config.load(path, ["objective.weight=0.0"])
+    config.check_outputs(recipe.objective, ["image", "patches"], recipe.pipeline)
+    config.check_outputs(weightless.objective, ["image", "patches"], recipe.pipeline)
+    config.check_outputs(weightless.objective, ["image"], recipe.pipeline)
+
+    with pytest.raises(RecipeError, match=r"two_graphs wants \['patches'\], which"):
+        config.check_outputs(recipe.objective, ["image"], recipe.pipeline)
+    with pytest.raises(RecipeError, match=r"puts out \['turns'\], which"):
+        config.check_outputs(weightless.objective, ["image", "turns"], recipe.pipeline)
+
+
+def test_a_graph_whose_options_do_not_tell_its_sizes_is_refused(path: Path):
+    message = wrong(path, "  use: lab_of_tests.jigsaw\n  grid: 2\n", "  use: lab_of_tests.silent\n")
+
+    assert "lab_of_tests.silent.Options must offer ['largest_crop']" in message
 
 
 def damaged(text: str, draw: random.Random) -> str:

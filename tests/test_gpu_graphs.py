@@ -14,12 +14,15 @@ from nvidia.dali.external_source import ExternalSource
 from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.types import DALIDataType
 
+from fastssl import config
+
 CHECKOUT = Path(__file__).resolve().parents[1]
 GRAPHS = sorted(
     path.stem
     for path in (CHECKOUT / "pipelines").glob("*.py")
     if "\ndef graph(" in path.read_text()
 )
+RECIPES = sorted(path.stem for path in (CHECKOUT / "recipes").glob("*.yaml"))
 
 
 def on_the_gpu(graph, options) -> Pipeline:
@@ -58,6 +61,7 @@ def without_kernel(pipeline: Pipeline) -> list[tuple[str, str]]:
 
 def test_there_are_graphs():
     assert {"pirl_jigsaw", "evaluation"} <= set(GRAPHS)
+    assert "pirl_jigsaw" in RECIPES
 
 
 @pytest.mark.parametrize("name", GRAPHS)
@@ -67,6 +71,15 @@ def test_every_operator_of_a_graph_has_a_kernel_on_the_gpu(name):
 
     assert without_kernel(pipeline) == []
     assert "mixed" in {device for _, device in operators_of(pipeline)}  # decodes on the GPU
+
+
+@pytest.mark.parametrize("overrides", [(), ("data.root=/somewhere",)], ids=["demo", "paper"])
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_operator_of_a_recipe_s_graph_has_a_kernel_on_the_gpu(name, overrides):
+    part = config.load(CHECKOUT / "recipes" / f"{name}.yaml", overrides).pipeline
+    pipeline = on_the_gpu(part.module.graph, part.options)
+
+    assert without_kernel(pipeline) == []
 
 
 def test_an_operator_without_a_gpu_kernel_is_noticed():

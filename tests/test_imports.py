@@ -15,7 +15,10 @@ FILES = sorted(
 # Besides the standard library. `fastssl` stands for fastssl and everything in it.
 MAY_IMPORT = {
     "pipelines": ("nvidia.dali", "numpy", "pipelines"),
-    "fastssl/objectives": ("torch", "fastssl.memory", "fastssl.distributed"),
+    "fastssl/objectives": (
+        *("torch", "fastssl.distributed", "fastssl.lab", "fastssl.memory"),
+        "fastssl.patch_network",
+    ),
     "fastssl/backbones": ("torch", "torchvision"),
 }
 ENTRY_POINTS = ("fastssl.train",)

@@ -1,10 +1,7 @@
 import dataclasses
-import importlib
-import inspect
 import io
 import itertools
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,13 +9,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.multiprocessing.spawn import start_processes
-from torch.nn.functional import adaptive_avg_pool2d, normalize
+from torch.nn.functional import adaptive_avg_pool2d, cross_entropy, normalize
 from torch.nn.parallel import DistributedDataParallel
 
 from fastssl.objectives import pirl
-
-FILES = sorted((Path(__file__).parents[1] / "fastssl/objectives").glob("[!_]*.py"))
-NAMES = [file.stem for file in FILES]
 
 
 class Tiny(nn.Module):
@@ -40,7 +34,9 @@ class Tiny(nn.Module):
 def build(images=12, seed=0, **options):
     torch.manual_seed(1)
     options = {"dimension": 5, "negatives": 7, "temperature": 0.2, **options}
-    return pirl.Objective(Tiny(), pirl.Options(**options), images=images, classes=0, seed=seed)
+    return pirl.Objective(
+        Tiny(), pirl.Options(**options), images=images, classes=0, labels=None, seed=seed
+    )
 
 
 def batch(index=(3, 8, 0, 5), seed=0, dtype=torch.float32):
@@ -55,6 +51,15 @@ def batch(index=(3, 8, 0, 5), seed=0, dtype=torch.float32):
         "permutation": torch.arange(9).expand(count, 9),
         "index": torch.tensor(index),
     }
+
+
+def turned_batch(index=(3, 8, 0, 5), seed=0, dtype=torch.float32):
+    """The same for the rotation graph."""
+    inputs = batch(index, seed, dtype)
+    generator = torch.Generator().manual_seed(100 + seed)
+    turned = torch.rand(len(index), 3, 8, 8, generator=generator, dtype=torch.float64).to(dtype)
+    angle = torch.randint(4, (len(index),), generator=generator) * 90
+    return {"image": inputs["image"], "index": inputs["index"], "turned": turned, "angle": angle}
 
 
 def tiny(objective) -> Tiny:
@@ -84,7 +89,7 @@ def unit_rows(objective):
 # -- against the equations ----------------------------------------------------------------------
 
 
-def slow_loss(objective, image, patches, index):
+def slow_loss(objective, image, index, patches=None, turned=None, **_):
     """Equations 4 to 6 in loops over images, patches and negatives."""
     options, rows = objective.options, objective.memory.rows
     per_image = len(index) if options.negatives_for == "image" else None
@@ -115,9 +120,12 @@ def slow_loss(objective, image, patches, index):
             f = objective.image_head(objective.backbone(image[n : n + 1]))[0]
             total = total + (1 - options.patch_weight) * noise_contrastive(i, f, others)
         if options.patch_weight > 0:
-            parts = [objective.backbone(patches[n, t : t + 1])[0] for t in range(9)]
-            joined = torch.cat([objective.patch_head.each(part) for part in parts])
-            g = objective.patch_head.joined(joined)
+            if options.transform == "rotation":
+                g = objective.turned_head(objective.backbone(turned[n : n + 1]))[0]
+            else:
+                parts = [objective.backbone(patches[n, t : t + 1])[0] for t in range(9)]
+                joined = torch.cat([objective.patch_head.each(part) for part in parts])
+                g = objective.patch_head.joined(joined)
             total = total + options.patch_weight * noise_contrastive(i, g, others)
     return total / len(index)
 
@@ -150,7 +158,7 @@ def test_loss_and_gradients_are_those_of_the_equations(
     )
     inputs = batch(dtype=torch.float64, index=(3, 8, 3))  # one image twice
     parameters = [each for each in objective.parameters() if each.requires_grad]
-    slow = slow_loss(objective, inputs["image"], inputs["patches"], inputs["index"])
+    slow = slow_loss(objective, **inputs)
     slow_gradients = torch.autograd.grad(slow, parameters)
     fast, _ = objective(**inputs)
     gradients = torch.autograd.grad(fast, parameters)
@@ -158,6 +166,84 @@ def test_loss_and_gradients_are_those_of_the_equations(
     torch.testing.assert_close(fast, slow)
     for gradient, slow_gradient in zip(gradients, slow_gradients, strict=True):
         torch.testing.assert_close(gradient, slow_gradient, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("loss", ["nce", "infonce"])
+def test_loss_and_gradients_of_a_turned_image_are_those_of_the_equations(loss):
+    objective = unit_rows(build(loss=loss, transform="rotation", patch_weight=0.3))
+    inputs = turned_batch(dtype=torch.float64)
+    parameters = [each for each in objective.parameters() if each.requires_grad]
+    slow = slow_loss(objective, **inputs)
+    slow_gradients = torch.autograd.grad(slow, parameters)
+    fast, _ = objective(**inputs)
+    gradients = torch.autograd.grad(fast, parameters)
+
+    torch.testing.assert_close(fast, slow)
+    for gradient, slow_gradient in zip(gradients, slow_gradients, strict=True):
+        torch.testing.assert_close(gradient, slow_gradient, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("negatives_for", ["batch", "image"])
+def test_loss_with_a_constant_z_is_that_of_wu_2018(negatives_for):
+    objective = unit_rows(build(loss="nce_constant_z", negatives_for=negatives_for))
+    inputs = batch(dtype=torch.float64, index=(3, 8, 3))
+    per_image = 3 if negatives_for == "image" else None
+    rows, tau, images, count = objective.memory.rows, 0.2, 12, 7
+    drawn = objective.memory.draw(count, batch=per_image)
+    f, g = embed(objective, inputs["image"], inputs["patches"])
+    value, _ = objective(**inputs)
+    gradient = torch.autograd.grad(value, objective.image_head.weight)[0]
+
+    scores = []  # of f, with its memory and every negative, the image itself among them or not
+    for n, i in enumerate(inputs["index"].tolist()):
+        others = drawn if negatives_for == "batch" else drawn[n]
+        scores += [(f[n] @ rows[k] / tau).exp() for k in [i, *others.tolist()]]
+    z = images * torch.stack(scores).mean().detach()
+    expected = torch.zeros((), dtype=torch.float64)
+    for view in (f, g):
+        for n, i in enumerate(inputs["index"].tolist()):
+            others = drawn if negatives_for == "batch" else drawn[n]
+            model = (view[n] @ rows[i] / tau).exp() / z  # P(i | v), equation 5 there
+            expected = expected - (model / (model + count / images)).log()  # 6 and 7
+            for k in others.tolist():
+                model = (view[n] @ rows[k] / tau).exp() / z
+                expected = expected - (1 - model / (model + count / images)).log()
+    expected = expected / 2 / 3
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(
+        gradient, torch.autograd.grad(expected, objective.image_head.weight)[0]
+    )
+    assert objective.log_z is not None
+    torch.testing.assert_close(objective.log_z.exp(), z)
+
+
+def test_z_stays_what_the_first_batch_made_it_and_looking_does_not_make_it():
+    objective = build(loss="nce_constant_z")
+    assert objective.log_z is not None
+    with torch.no_grad():
+        objective(**batch(seed=1))
+    assert objective.log_z.item() == 0
+
+    objective(**batch(seed=2))
+    first = objective.log_z.clone()
+    assert first.item() != 0
+    objective(**batch(seed=3))  # of the same step
+    objective.finish_step()
+    objective(**batch(seed=4))
+    assert torch.equal(objective.log_z, first)
+    assert torch.equal(objective.state_dict()["log_z"], first)
+    assert "log_z" not in build().state_dict()
+
+
+def test_as_many_negatives_as_images_make_the_full_non_parametric_softmax():
+    objective = build(loss="infonce", patch_weight=0.0, negatives=12)
+    inputs = batch()
+    value, metrics = objective(image=inputs["image"], index=inputs["index"])
+    f = normalize(objective.image_head(objective.backbone(inputs["image"])), dim=1)
+    scores = f @ objective.memory.rows.T / 0.2  # every image once, the own included
+
+    torch.testing.assert_close(value, cross_entropy(scores, inputs["index"]))
+    assert metrics["chance"].item() == pytest.approx(1 / 12)
 
 
 @pytest.mark.parametrize("normalizer", ["view", "memory"])
@@ -179,6 +265,24 @@ def test_equal_similarities_give_the_known_loss(loss, normalizer):
         expected += count * math.log((1 + count) / count)
     assert losses.tolist() == pytest.approx([expected])
     assert not right.any()  # no nearer than the negatives
+
+
+def test_equal_similarities_give_the_known_loss_with_a_constant_z():
+    count, images = 50, 200
+    row = normalize(torch.ones(4, dtype=torch.float64), dim=0)
+    losses, _ = pirl.contrast(
+        row.expand(1, 3, 4),
+        row.expand(3, 4),
+        row.expand(count, 4),
+        torch.zeros(3, count, dtype=torch.bool),
+        pirl.Options(loss="nce_constant_z"),
+        torch.tensor(math.log(images) + 1 / 0.07, dtype=torch.float64),
+        images,
+    )
+
+    # all alike, every image has P = 1 / images, as the noise has
+    expected = math.log(1 + count) + count * math.log((1 + count) / count)
+    assert losses.tolist() == pytest.approx([expected])
 
 
 @pytest.mark.parametrize("images", [1, 2])
@@ -267,7 +371,8 @@ def test_embedding_of_patches_knows_their_order():
 def test_heads_have_the_shapes_of_the_paper():
     backbone = Tiny()
     backbone.dim = 2048
-    objective = pirl.Objective(backbone, pirl.Options(), images=3, classes=0, seed=0)
+    options = {"images": 3, "classes": 0, "labels": None, "seed": 0}
+    objective = pirl.Objective(backbone, pirl.Options(), **options)
     shapes = {
         name: tuple(parameter.shape)
         for name, parameter in objective.named_parameters()
@@ -279,6 +384,10 @@ def test_heads_have_the_shapes_of_the_paper():
         "patch_head.each.weight": (128, 2048),
         "patch_head.joined.weight": (128, 1152),
     }
+    turned = pirl.Objective(backbone, pirl.Options(transform="rotation"), **options)
+    assert turned.patch_head is None
+    assert turned.turned_head is not None
+    assert turned.turned_head.weight.shape == (128, 2048)
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5, 1.0])
@@ -297,6 +406,52 @@ def test_gradient_reaches_every_parameter_that_asks_for_one(weight):
     assert ("patch_head.each.weight" in wants) == (weight > 0)
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.5, 1.0])
+def test_gradient_reaches_every_parameter_that_asks_for_one_with_a_turned_image(weight):
+    objective = build(patch_weight=weight, transform="rotation")
+    objective(**turned_batch())[0].backward()
+    wants = {name for name, each in objective.named_parameters() if each.requires_grad}
+    moved = {
+        name
+        for name, each in objective.named_parameters()
+        if each.grad is not None and each.grad.abs().sum() > 0
+    }
+
+    assert moved == wants
+    assert ("turned_head.weight" in wants) == (weight > 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({"patch_weight": 0.0}, {"image", "index"}),
+        ({"patch_weight": 0.0, "transform": "rotation"}, {"image", "index"}),
+        ({"patch_weight": 0.5}, {"image", "index", "patches"}),
+        ({"patch_weight": 1.0, "transform": "rotation"}, {"image", "index", "turned"}),
+    ],
+)
+def test_what_the_options_need_is_enough_and_nothing_less(options, names):
+    inputs = {**batch(), **turned_batch()}
+    assert pirl.takes(pirl.Options(**options)) == names
+
+    value, _ = build(**options)(**{name: inputs[name] for name in names})
+    everything, _ = build(**options)(**inputs)
+    assert value.item() == everything.item()
+
+
+def test_a_turned_image_passes_as_it_is_through_a_head_of_its_own():
+    objective = build(transform="rotation")
+    inputs = turned_batch()
+    _, metrics = objective(**inputs)
+    image, turned = tiny(objective).calls
+
+    assert image is inputs["image"]
+    assert turned is inputs["turned"]
+    f = normalize(objective.image_head(objective.backbone(image)), dim=1)
+    g = normalize(objective.turned_head(objective.backbone(turned)), dim=1)
+    torch.testing.assert_close(metrics["agreement"], (f * g).sum(1).mean().detach())
+
+
 def test_without_patch_weight_it_is_npid_and_never_looks_at_the_patches():
     objective = build(patch_weight=0.0)
     inputs = batch()
@@ -306,6 +461,7 @@ def test_without_patch_weight_it_is_npid_and_never_looks_at_the_patches():
     assert len(tiny(objective).calls) == 2  # one for each call of forward
     assert value.item() == other.item()
     assert not any(name.startswith("patch_head") for name in objective.state_dict())
+    assert objective(image=inputs["image"], index=inputs["index"])[0].item() == value.item()
     assert set(metrics) == {"accuracy", "chance", "std"}
 
 
@@ -342,7 +498,7 @@ def test_batch_may_be_larger_than_the_number_of_negatives():
     assert value.isfinite()
 
 
-@pytest.mark.parametrize("loss", ["nce", "infonce"])
+@pytest.mark.parametrize("loss", ["nce", "infonce", "nce_constant_z"])
 @pytest.mark.parametrize("normalizer", ["view", "memory"])
 def test_step_reads_no_value_back_from_the_device(loss, normalizer):
     # fake tensors have shapes and no values: .item(), nonzero() and masks as indices raise, each of
@@ -395,7 +551,7 @@ def test_spread_is_one_for_random_directions_and_zero_when_collapsed():
     def spread(features):
         objective.backbone.forward = lambda image: features
         index = torch.arange(len(features)) % 12
-        return objective(features, features, features, index)[1]["std"].item()
+        return objective(features, index)[1]["std"].item()
 
     directions = torch.randn(4000, 6, generator=torch.Generator().manual_seed(0))
     assert spread(directions) == pytest.approx(1, abs=0.05)
@@ -453,7 +609,8 @@ def test_looking_without_learning_leaves_no_trace():
     assert objective(**batch())[0].item() == first
 
 
-def test_restored_objective_continues_with_the_same_losses():
+@pytest.mark.parametrize("loss", ["nce", "nce_constant_z"])
+def test_restored_objective_continues_with_the_same_losses(loss):
     def steps(objective, count, first):
         losses = []
         for step in range(first, first + count):
@@ -462,14 +619,14 @@ def test_restored_objective_continues_with_the_same_losses():
             losses.append(value.item())
         return losses
 
-    unbroken = build(images=50)
+    unbroken = build(images=50, loss=loss)
     losses = steps(unbroken, 4, 0)
-    broken = build(images=50)
+    broken = build(images=50, loss=loss)
     steps(broken, 2, 0)
     file = io.BytesIO()
     torch.save(broken.state_dict(), file)
     file.seek(0)
-    restored = build(images=50)
+    restored = build(images=50, loss=loss)
     restored.load_state_dict(torch.load(file, weights_only=True))
 
     assert steps(restored, 2, 2) == losses[2:]
@@ -482,6 +639,8 @@ RUNS = [
     {"patch_weight": 0.0},
     {"patch_weight": 0.5, "normalizer": "memory"},
     {"patch_weight": 1.0, "loss": "infonce"},
+    {"patch_weight": 0.5, "transform": "rotation"},
+    {"patch_weight": 0.5, "loss": "nce_constant_z"},
 ]
 INDICES = [(3, 8, 0, 5), (1, 7, 7, 1), (3, 2, 11, 3)]  # images on both processes, and twice on one
 
@@ -490,8 +649,9 @@ def train(objective, model, part):
     """Three steps on `part` of every batch: losses and the bank, and the weights at the end."""
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     losses = []
+    make = turned_batch if objective.options.transform == "rotation" else batch
     for step, index in enumerate(INDICES):
-        inputs = batch(index=index, seed=step, dtype=torch.float64)
+        inputs = make(index=index, seed=step, dtype=torch.float64)
         value, _ = model(**{name: each[part] for name, each in inputs.items()})
         optimizer.zero_grad()
         value.backward()
@@ -566,6 +726,7 @@ def test_pipeline_with_another_number_of_patches_is_refused():
 def test_defaults_are_the_papers():
     assert dataclasses.asdict(pirl.Options()) == {
         "patch_weight": 0.5,
+        "transform": "jigsaw",
         "temperature": 0.07,
         "momentum": 0.5,
         "negatives": 32000,
@@ -575,24 +736,3 @@ def test_defaults_are_the_papers():
         "negatives_for": "batch",
         "normalizer": "view",
     }
-
-
-def test_there_are_objective_files():
-    assert "pirl" in NAMES
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_objective_file_keeps_the_contract(name):
-    module = importlib.import_module(f"fastssl.objectives.{name}")
-    init = inspect.signature(module.Objective).parameters
-    forward = inspect.signature(module.Objective.forward).parameters.values()
-
-    assert module.Options.__dataclass_params__.frozen
-    assert all(field.kw_only for field in dataclasses.fields(module.Options))
-    assert nn.Module in module.Objective.__mro__
-    assert list(init) == ["backbone", "options", "images", "classes", "seed"]
-    assert all(init[each].kind == inspect.Parameter.KEYWORD_ONLY for each in list(init)[2:])
-    # their names are the pipeline's outputs: all of them, none by default
-    assert all(each.kind == inspect.Parameter.POSITIONAL_OR_KEYWORD for each in forward)
-    assert all(each.default is inspect.Parameter.empty for each in forward)
-    assert list(inspect.signature(module.Objective.finish_step).parameters) == ["self"]

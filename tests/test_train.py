@@ -660,6 +660,23 @@ def test_embeddings_that_collapse_are_told_once(command, capsys, monkeypatch):
     assert capsys.readouterr().out.count("the embeddings are almost all alike") == 1
 
 
+def test_a_task_that_stays_at_chance_is_told_once(command, capsys):
+    # 150 images all alike to a network that does not learn: the answers are guesses
+    idle = ["optim.lr=1.0e-9", "optim.final_lr=0", "train.chance_steps=2", "train.steps=4"]
+    assert train.main(command(*idle)) == 0
+
+    assert capsys.readouterr().out.count("warning: after 2 steps the pretext accuracy") == 1
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "answers", "is_chance"),
+    [(0.25, 1000, True), (0.28, 1000, True), (0.30, 1000, False), (0.1, 1000, True)],
+)
+def test_chance_is_told_from_learning_by_three_standard_deviations(accuracy, answers, is_chance):
+    assert train._is_chance({"accuracy": accuracy, "chance": 0.25}, answers) is is_chance
+    assert not train._is_chance({"loss": 1.0}, answers)  # a task without an accuracy
+
+
 def test_half_precision_clipping_and_parts_of_a_batch_train_together(command, tmp_path):
     options = ["train.precision=bf16", "train.clip=1.0", "train.accumulate=2", "train.steps=4"]
     AcceleratorState._reset_state(True)  # a process has one precision, as Accelerate sees it

@@ -1,18 +1,20 @@
-"""PIRL: an image and its shuffled patches should embed alike (Misra & van der Maaten 2020).
+"""PIRL: an image and a transformed copy should embed alike (Misra & van der Maaten 2020).
 
 Equation numbers are those of arXiv:1912.01991.
 
 An image's memory m_I has to be recognised, among the memories of N other images D_N, from its
-shuffled patches, g(v_It), and from the image itself, f(v_I):
+shuffled patches or its turned copy, g(v_It), and from the image itself, f(v_I):
 
     s(a, b) = cosine(a, b)
     h(a, b) = exp(s(a, b) / tau) / (exp(s(a, b) / tau) + sum_{I' in D_N} exp(s(b, m_I') / tau))  (4)
     L_NCE(m_I, b) = -log h(m_I, b) - sum_{I' in D_N} log(1 - h(b, m_I'))                         (5)
     L = lambda L_NCE(m_I, g(v_It)) + (1 - lambda) L_NCE(m_I, f(v_I))                             (6)
 
-The code calls g or f a view. lambda 0 is NPID++: no patches. D_N never holds the image itself.
+The code calls g or f a view. lambda 0 is NPID (Wu et al. 2018) or, trained longer with more
+negatives, NPID++: the image alone. D_N never holds the image itself.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fastssl.distributed import gather
 from fastssl.memory import Memory
 
 NO_SCORE = -1e30  # of a row that is no negative: exp gives 0, and sums with it stay finite
@@ -30,16 +33,25 @@ class Options:
     """The paper's settings.
 
     Attributes:
-        patch_weight: lambda of eq. 6, 0 ... 1. At 0 the patches are not looked at and g does not
-            exist. At 1, f only feeds the memory: it stays the random projection it began as, and
-            the backbone learns from the patches alone.
+        patch_weight: lambda of eq. 6, 0 ... 1, the weight of the patches or of the turned copy. At
+            0 they are not looked at and g does not exist: NPID. At 1, f only feeds the memory: it
+            stays the random projection it began as, and the backbone learns from g alone.
+        transform: what g looks at. jigsaw: patches, in the drawn order (also of a turned image);
+            rotation: the turned copy, through a linear layer of its own (section 3.2).
         temperature: tau of eq. 4.
         momentum: of the memory: how much of the old row stays.
         negatives: N. A bank of no more images is used whole, which is one negative less than rows.
         dimension: of the embeddings and the memory.
-        patches: how many the pipeline cuts from an image.
+        patches: how many the pipeline cuts from an image; read by transform jigsaw.
         loss: nce is eq. 5; infonce only its first term, -log h(m_I, b), which is cross-entropy
-            over the image and its negatives, as most code trained since does.
+            over the image and its negatives, as most code trained since does (PyContrast), and,
+            with as many negatives as images, NPID's full non-parametric softmax.
+            nce_constant_z is what NPID's and VISSL's code trains (vissl/losses/nce_loss.py):
+            P = exp(s / tau) / Z with Z = n mean(exp(s / tau)) over the first batch's first view,
+            its memory and its negatives, constant from then on; h = P / (P + N / n), where n
+            counts the images and 1 / n is the noise; and the image itself stays among its
+            negatives, where noise may draw it. The scale of such a loss hangs on the first
+            weights.
         negatives_for: batch draws one D_N a step for all images and processes (one matrix product);
             image draws one for each image as the paper says, which gathers
             4 * batch * negatives * dimension bytes: 1 GB for 64 images with the defaults.
@@ -48,16 +60,17 @@ class Options:
             twice since it is in D_N, and which the first term shares. memory: eq. 4 read by
             position, where m_I' is the second argument, so that the sum is over s(m_I', m_I'');
             carries no gradient, costs a product of N x N at every call, and needs shared negatives.
-            infonce has no such term.
+            The other losses have no such term.
     """
 
     patch_weight: float = 0.5
+    transform: Literal["jigsaw", "rotation"] = "jigsaw"
     temperature: float = 0.07
     momentum: float = 0.5
     negatives: int = 32000
     dimension: int = 128
     patches: int = 9
-    loss: Literal["nce", "infonce"] = "nce"
+    loss: Literal["nce", "infonce", "nce_constant_z"] = "nce"
     negatives_for: Literal["batch", "image"] = "batch"
     normalizer: Literal["view", "memory"] = "view"
 
@@ -78,14 +91,30 @@ class Options:
             )
 
 
+def takes(options: Options) -> set[str]:
+    """The outputs of a graph without which `options` can't be trained."""
+    if options.patch_weight == 0:
+        return {"image", "index"}
+    return {"image", "index", "turned" if options.transform == "rotation" else "patches"}
+
+
 class Objective(nn.Module):
     """The loss of eq. 6 with the two heads and the memory bank."""
 
+    log_z: Tensor | None
+
     def __init__(
-        self, backbone: nn.Module, options: Options, *, images: int, classes: int, seed: int
+        self,
+        backbone: nn.Module,
+        options: Options,
+        *,
+        images: int,
+        classes: int,
+        labels: Tensor | None,
+        seed: int,
     ):
         """Heads for `backbone` and a bank of `images` rows drawn from `seed`."""
-        del classes  # no label is looked at
+        del classes, labels  # no label is looked at
         super().__init__()
         features = backbone.dim
         assert isinstance(features, int), "a backbone must offer dim, the length of its features"
@@ -94,35 +123,51 @@ class Objective(nn.Module):
         self.image_head = nn.Linear(features, options.dimension)  # f
         # without a gradient of its own f must not ask for one: DDP would wait for it
         self.image_head.requires_grad_(options.patch_weight < 1)
-        self.patch_head = PatchHead(features, options) if options.patch_weight > 0 else None  # g
+        self.patch_head: PatchHead | None = None  # g of patches
+        self.turned_head: nn.Linear | None = None  # g of a turned image
+        if options.patch_weight > 0 and options.transform == "jigsaw":
+            self.patch_head = PatchHead(features, options)
+        elif options.patch_weight > 0:
+            self.turned_head = nn.Linear(features, options.dimension)
         self.memory = Memory(images, options.dimension, momentum=options.momentum, seed=seed)
+        constant = options.loss == "nce_constant_z"
+        self.register_buffer("log_z", torch.zeros(()) if constant else None)  # of the first batch
 
     def forward(
-        self, image: Tensor, patches: Tensor, permutation: Tensor, index: Tensor
+        self,
+        image: Tensor,
+        index: Tensor,
+        patches: Tensor | None = None,
+        permutation: Tensor | None = None,
+        turned: Tensor | None = None,
+        angle: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Score a batch against the memory.
+        """Score a batch against the memory; which of the inputs are needed, `takes` says.
 
         Args:
             image: [B, 3, S, S], as the backbone takes it.
+            index: [B], int64: which images; one may occur twice.
             patches: [B, T, 3, p, p] in the drawn order.
             permutation: [B, T], int64: that order; the pipeline's tests check it.
-            index: [B], int64: which images; one may occur twice.
+            turned: [B, 3, S, S], another crop of the image, turned.
+            angle: [B], int64: by how much; the pipeline's tests check it.
 
         Returns:
-            The mean loss of the batch, and: `accuracy`, the part of the views (of the patches if
-            they count, else of the image) nearer to their own memory than to every negative;
-            `chance`, what accuracy would be by luck; `std`, the spread of f over the batch, about
-            1 when in all directions and 0 when collapsed; `agreement`, the mean cosine of f and g.
+            The mean loss of the batch, and: `accuracy`, the part of the views (of g if it counts,
+            else of f) nearer to their own memory than to every negative; `chance`, what accuracy
+            would be by luck; `std`, the spread of f over the batch, about 1 when in all directions
+            and 0 when collapsed; `agreement`, the mean cosine of f and g.
 
         Raises:
             ValueError: the pipeline puts out another number of patches than the options say.
         """
-        del permutation  # the patches are already in that order: here it tells nothing more
+        del permutation, angle  # the pixels are already changed: here they tell nothing more
         options = self.options
         with torch.set_grad_enabled(torch.is_grad_enabled() and options.patch_weight < 1):
             image_BD = self._unit(self.image_head(self.backbone(image)))
         views = [image_BD] if options.patch_weight < 1 else []
         if self.patch_head is not None:
+            assert patches is not None, "see takes"
             if patches.shape[1] != options.patches:
                 raise ValueError(
                     f"patches ({options.patches}) must be as many as the pipeline puts out:"
@@ -131,6 +176,9 @@ class Objective(nn.Module):
             # all patches of the batch in one call; a view, as flatten keeps channels-last memory
             features = self.backbone(patches.flatten(0, 1))
             views.append(self._unit(self.patch_head(features)))
+        elif self.turned_head is not None:
+            assert turned is not None, "see takes"
+            views.append(self._unit(self.turned_head(self.backbone(turned))))
 
         with torch.autocast(image.device.type, enabled=False):
             # V = views, f and g as they count; B = images; K = negatives; D = dimension
@@ -140,7 +188,10 @@ class Objective(nn.Module):
             drawn = self.memory.draw(options.negatives, batch=per_image)  # [K] or [B, K]
             own_BK = drawn == index[:, None]  # an image is no negative of itself
             negatives = self.memory.rows[drawn]
-            losses_V, right_VB = contrast(views_VBD, memory_BD, negatives, own_BK, options)
+            log_z = self._constant(views_VBD[0], memory_BD, negatives)
+            losses_V, right_VB = contrast(
+                views_VBD, memory_BD, negatives, own_BK, options, log_z, len(self.memory.rows)
+            )
             # eq. 6; with a weight of 0 or 1 there is one view, first and last
             loss = options.patch_weight * losses_V[-1] + (1 - options.patch_weight) * losses_V[0]
 
@@ -154,13 +205,26 @@ class Objective(nn.Module):
                 "chance": torch.full((), 1 / (1 + others), device=index.device),
                 "std": options.dimension**0.5 * spread_D.mean().float(),
             }
-            if self.patch_head is not None:
+            if options.patch_weight > 0:
                 metrics["agreement"] = (image_BD * views[-1]).sum(1).mean().float()
         return loss, metrics
 
     def finish_step(self) -> None:
         """Write f(v_I) of the step's batches into the memory, after all were scored."""
         self.memory.finish_step()
+
+    def _constant(self, view_BD: Tensor, memory_BD: Tensor, negatives: Tensor) -> Tensor | None:
+        """Log Z: estimated from the joined first batch of all processes, then as it was."""
+        if self.log_z is None or self.memory.steps > 0 or self.memory.seen:
+            return self.log_z
+        match_VB, scores_VBK = _scores(view_BD.detach()[None], memory_BD, negatives, self.options)
+        scores = torch.cat([match_VB.flatten(), scores_VBK.flatten()])
+        sums = gather(scores.logsumexp(0, keepdim=True))  # of every process
+        mean = sums.logsumexp(0) - math.log(len(sums) * len(scores))
+        log_z = mean + math.log(len(self.memory.rows))
+        if self.training and torch.is_grad_enabled():  # not while only looking
+            self.log_z.copy_(log_z)
+        return log_z
 
     def _unit(self, embedding: Tensor) -> Tensor:
         # in the bank's precision, also when the heads ran in half
@@ -186,7 +250,13 @@ class PatchHead(nn.Module):
 
 
 def contrast(
-    views_VBD: Tensor, memory_BD: Tensor, negatives: Tensor, own_BK: Tensor, options: Options
+    views_VBD: Tensor,
+    memory_BD: Tensor,
+    negatives: Tensor,
+    own_BK: Tensor,
+    options: Options,
+    log_z: Tensor | None = None,
+    images: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """The mean loss of each kind of view [V], and which views found their memory [V, B], bool.
 
@@ -198,14 +268,19 @@ def contrast(
         negatives: the rows m_I' of D_N, [K, D] for all images or [B, K, D] for each.
         own_BK: bool, where a negative is the image itself and does not count.
         options: temperature, loss and normalizer are used.
+        log_z: for loss nce_constant_z: the log of Z.
+        images: for loss nce_constant_z: n.
     """
-    match_VB = (views_VBD * memory_BD).sum(-1) / options.temperature
-    if negatives.dim() == 2:
-        scores_VBK = views_VBD @ negatives.T / options.temperature
-    else:
-        scores_VBK = torch.einsum("vbd,bkd->vbk", views_VBD / options.temperature, negatives)
-    scores_VBK = scores_VBK.masked_fill(own_BK, NO_SCORE)
+    match_VB, scores_VBK = _scores(views_VBD, memory_BD, negatives, options)
+    all_VBK, scores_VBK = scores_VBK, scores_VBK.masked_fill(own_BK, NO_SCORE)
     right_VB = match_VB > scores_VBK.detach().amax(-1)
+    if options.loss == "nce_constant_z":
+        assert log_z is not None
+        # h = P / (P + N / n) is the sigmoid of how far a score lies above log(Z N / n)
+        even = log_z + math.log(own_BK.shape[1] / images)
+        loss_VB = functional.softplus(even - match_VB)
+        loss_VB = loss_VB + functional.softplus(all_VBK - even).sum(-1)
+        return loss_VB.mean(1), right_VB
     others_VB = scores_VBK.logsumexp(-1)
     # softplus(x) = log(1 + exp(x)). With a the positive score and S the log of the sum,
     # -log h = -log(exp(a) / (exp(a) + exp(S))) = softplus(S - a)
@@ -219,6 +294,16 @@ def contrast(
         each_VBK = functional.softplus(scores_VBK - sums)
         loss_VB = loss_VB + each_VBK.masked_fill(own_BK, 0).sum(-1)
     return loss_VB.mean(1), right_VB
+
+
+def _scores(
+    views_VBD: Tensor, memory_BD: Tensor, negatives: Tensor, options: Options
+) -> tuple[Tensor, Tensor]:
+    """Scores s / tau of every view with its memory [V, B] and with its negatives [V, B, K]."""
+    match_VB = (views_VBD * memory_BD).sum(-1) / options.temperature
+    if negatives.dim() == 2:
+        return match_VB, views_VBD @ negatives.T / options.temperature
+    return match_VB, torch.einsum("vbd,bkd->vbk", views_VBD / options.temperature, negatives)
 
 
 @torch.no_grad()

@@ -1,0 +1,51 @@
+"""Every recipe runs as its head says, on the built-in images, for two steps."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from fastssl import train
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+RECIPES = sorted(path.stem for path in (CHECKOUT / "recipes").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def few(demo_images, tmp_path_factory) -> Path:
+    """Two built-in images a class to probe on: a probe of all would cost more than the steps."""
+    folder = tmp_path_factory.mktemp("few")
+    for split in ("train", "val"):
+        for path in sorted((demo_images / split).glob("*/0000[01].jpg")):
+            to = folder / split / path.parent.name
+            to.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, to)
+    return folder
+
+
+def test_there_are_recipes():
+    assert "pirl_jigsaw" in RECIPES
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_s_head_has_its_command(name):
+    lines = (CHECKOUT / "recipes" / f"{name}.yaml").read_text().splitlines()
+    head = [line for line in lines[: lines.index("data:")] if line.startswith("#")]
+
+    assert any(f"accelerate launch fastssl/train.py recipes/{name}.yaml" in line for line in head)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_trains_on_the_built_in_images(name, few, tmp_path):
+    path = CHECKOUT / "recipes" / f"{name}.yaml"
+    few_steps = ["train.steps=2", "train.log_steps=1", f"probe.root={few}"]
+    code = train.main([str(path), *few_steps, f"train.out={tmp_path / 'run'}"])
+    lines = [json.loads(each) for each in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    logged = [line for line in lines if "loss" in line]
+
+    assert code == 0
+    assert [line["step"] for line in logged] == [1, 2]
+    assert all({"accuracy", "chance"} <= set(line) for line in logged)
+    assert [line["step"] for line in lines if "probe" in line] == [0, 2]
+    assert (tmp_path / "run/backbone.safetensors").exists()
