@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import pirl_loader, soak
+from benchmarks import demos, pirl_loader, soak
+from fastssl import journal
 from pipelines import pirl_jigsaw
 
 MANIFEST = {
@@ -64,6 +65,34 @@ def test_the_table_of_ratios_compares_within_a_round():
         "| 2.00 (1.00 - 4.00) |"
     )
     assert {line.count("|") for line in lines} == {6}
+
+
+def test_a_demo_s_numbers_are_those_of_its_run(demo_images, tmp_path, environ, checkout):
+    recipe = checkout / "recipes" / "pirl_jigsaw.yaml"
+    quick = ["train.steps=3", "train.log_steps=1", "probe.images=64", f"--runs={tmp_path}"]
+    printed, result = run(
+        "benchmarks.demos", recipe, tmp_path / "out.json", environ, checkout, *quick
+    )
+    lines = journal.read(tmp_path / "pirl_jigsaw")
+    (demo,) = result["demos"]
+
+    assert (demo["exit_code"], demo["steps"]) == (0, 3)
+    assert demo["chance"] == pytest.approx(1 / 250)
+    assert demo["accuracy"] == [line["accuracy"] for line in lines if "loss" in line][-1]
+    before, after = [line["accuracy"] for line in lines if "probe" in line]
+    assert (demo["knn_before"], demo["knn_after"]) == (before, after)
+    assert demos.row(demo) in printed
+
+
+def test_a_demo_that_fails_is_told_and_counts(checkout, environ):
+    command = [sys.executable, "-m", "benchmarks.demos", "recipes/pirl_jigsaw.yaml"]
+    done = subprocess.run(
+        [*command, "optim.lr=-1.0"], env=environ, cwd=checkout, capture_output=True, text=True
+    )
+
+    assert done.returncode == 1
+    assert "| pirl_jigsaw | failed (1) |" in done.stdout
+    assert "optim: lr (-1.0) must be above 0" in done.stderr
 
 
 def test_a_soak_of_seconds_ends_with_a_verdict(demo_images, tmp_path, environ, checkout):
