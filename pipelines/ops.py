@@ -7,7 +7,7 @@ on the CPU whatever the device, because named arguments of DALI operators live t
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import permutations
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 from nvidia.dali import fn, math
@@ -251,6 +251,36 @@ def random_grayscale(
         pixels, image_type=DALIImageType.RGB, output_type=DALIImageType.GRAY
     )
     return pixels * (Constant(1).uint8() - gray_here) + gray * gray_here
+
+
+class Colors(Protocol):
+    """The strengths that `color_jitter` and `random_grayscale` take, as a graph's Options do."""
+
+    @property
+    def brightness(self) -> float: ...
+    @property
+    def contrast(self) -> float: ...
+    @property
+    def saturation(self) -> float: ...
+    @property
+    def hue(self) -> float: ...
+    @property
+    def grayscale(self) -> float: ...
+
+
+def random_colors(
+    pixels: DataNode, colors: Colors, device: Device, patches: int | None = None
+) -> DataNode:
+    """Colour jitter, then grayscale: of an image, or with `patches` of each patch on its own."""
+    pixels = color_jitter(
+        pixels,
+        brightness=colors.brightness,
+        contrast=colors.contrast,
+        saturation=colors.saturation,
+        hue=colors.hue,
+        patches=patches,
+    )
+    return random_grayscale(pixels, colors.grayscale, device, patches)
 
 
 def table(values: np.ndarray) -> DataNode:

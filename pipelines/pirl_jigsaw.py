@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from nvidia.dali.data_node import DataNode
 
-from pipelines import ops
+from pipelines import limits, ops
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,9 +37,9 @@ class Options:
         Raises:
             ValueError: says which numbers clash.
         """
-        for name, least in (("image_size", 8), ("patches_crop", 8), ("grid", 2), ("patch", 4)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be at least {least}")
+        limits.at_least(8, image_size=self.image_size, patches_crop=self.patches_crop)
+        limits.at_least(2, grid=self.grid)
+        limits.at_least(4, patch=self.patch)
         if self.grid > 3:
             raise ValueError(
                 f"grid ({self.grid}) must be 2 or 3: 4 x 4 cells have too many orders to list"
@@ -55,20 +55,9 @@ class Options:
                 f"patch ({self.patch}) must fit in a cell ({self.cell} = patches_crop "
                 f"{self.patches_crop} / grid {self.grid})"
             )
-        for name in ("image_area", "patches_area"):
-            low, high = getattr(self, name)
-            if not 0 < low <= high <= 1:
-                raise ValueError(
-                    f"{name} ([{low}, {high}]) must be two ascending fractions in 0 ... 1"
-                )
-        for name in ("flip", "grayscale"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be a probability, 0 ... 1")
-        for name in ("brightness", "contrast", "saturation"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 0")
-        if not 0 <= self.hue <= 0.5:
-            raise ValueError(f"hue ({self.hue}) must be a part of a full turn, 0 ... 0.5")
+        limits.fractions(image_area=self.image_area, patches_area=self.patches_area)
+        limits.probabilities(flip=self.flip)
+        limits.colors(self)
         if self.permutations is not None and not 1 <= self.permutations <= self.orders:
             raise ValueError(
                 f"permutations ({self.permutations}) must be in 1 ... {self.orders}, null for all"
@@ -106,7 +95,7 @@ def graph(
 
     image = ops.random_resized_crop(pixels, options.image_size, options.image_area)
     image = ops.random_flip(image, options.flip)
-    image = _colors(image, options, device)
+    image = ops.random_colors(image, options, device)
 
     cells = options.grid**2
     permutation = ops.random_permutation(cells, options.permutations)
@@ -115,21 +104,6 @@ def graph(
     patches = ops.random_patches(
         crop, permutation, side=options.patches_crop, grid=options.grid, patch=options.patch
     )
-    patches = _colors(patches, options, device, cells)
+    patches = ops.random_colors(patches, options, device, cells)
 
     return {"image": image, "patches": patches, "permutation": permutation, "index": index}
-
-
-def _colors(
-    pixels: DataNode, options: Options, device: ops.Device, patches: int | None = None
-) -> DataNode:
-    """Colour jitter, then grayscale; each patch draws its own."""
-    pixels = ops.color_jitter(
-        pixels,
-        brightness=options.brightness,
-        contrast=options.contrast,
-        saturation=options.saturation,
-        hue=options.hue,
-        patches=patches,
-    )
-    return ops.random_grayscale(pixels, options.grayscale, device, patches)

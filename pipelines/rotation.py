@@ -12,7 +12,7 @@ from nvidia.dali import fn
 from nvidia.dali.data_node import DataNode
 from nvidia.dali.types import DALIDataType, DALIInterpType
 
-from pipelines import ops
+from pipelines import limits, ops
 
 # Turned by 45 degrees, an image has to be resampled, which blurs it by an amount that depends on
 # where between the old pixels a new one falls. A network would tell by the blur alone, so that with
@@ -53,28 +53,15 @@ class Options:
         Raises:
             ValueError: says which numbers clash.
         """
-        if self.image_size < 8:
-            raise ValueError(f"image_size ({self.image_size}) must be at least 8")
-        low, high = self.image_area
-        if not 0 < low <= high <= 1:
-            raise ValueError(
-                f"image_area ([{low}, {high}]) must be two ascending fractions in 0 ... 1"
-            )
-        low, high = self.aspect
-        if not 0 < low <= high:
-            raise ValueError(f"aspect ([{low}, {high}]) must be two ascending ratios above 0")
+        limits.at_least(8, image_size=self.image_size)
+        limits.fractions(image_area=self.image_area)
+        limits.factors(aspect=self.aspect)
         if not 0 <= self.pad < self.image_size:
             raise ValueError(
                 f"pad ({self.pad}) must be at least 0 and below image_size ({self.image_size})"
             )
-        for name in ("flip", "grayscale"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be a probability, 0 ... 1")
-        for name in ("brightness", "contrast", "saturation"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 0")
-        if not 0 <= self.hue <= 0.5:
-            raise ValueError(f"hue ({self.hue}) must be a part of a full turn, 0 ... 0.5")
+        limits.probabilities(flip=self.flip)
+        limits.colors(self)
         known = set(range(0, 360, 45))
         if len(self.turns) < 2 or sorted(set(self.turns) & known) != list(self.turns):
             raise ValueError(
@@ -142,14 +129,7 @@ def _augmented(encoded: DataNode, options: Options, device: ops.Device) -> DataN
     else:
         image = ops.random_resized_crop(pixels, side, options.image_area, options.aspect)
     image = ops.random_flip(image, options.flip)
-    image = ops.color_jitter(
-        image,
-        brightness=options.brightness,
-        contrast=options.contrast,
-        saturation=options.saturation,
-        hue=options.hue,
-    )
-    return ops.random_grayscale(image, options.grayscale, device)
+    return ops.random_colors(image, options, device)
 
 
 def _every_turn(image: DataNode, options: Options) -> DataNode:
