@@ -1,0 +1,47 @@
+"""An image and nine shuffled, turned patches of it (PIRL, Misra & van der Maaten 2020, table 5).
+
+As pipelines.pirl_jigsaw, whose options these are; the crop that becomes patches is first turned by
+0, 90, 180 or 270 degrees, so that cells are counted in the turned crop.
+"""
+
+from nvidia.dali import fn
+from nvidia.dali.data_node import DataNode
+from nvidia.dali.types import DALIDataType
+
+from pipelines import ops, pirl_jigsaw
+
+Options = pirl_jigsaw.Options
+
+
+def graph(
+    encoded: DataNode, index: DataNode, options: Options, device: ops.Device
+) -> dict[str, DataNode]:
+    """Puts out `image` [S, S, 3], `patches` [9, p, p, 3], `permutation` [9], `angle`, `index` [1].
+
+    `permutation[k]` is the cell, counted row by row in the turned crop, that patch k was cut from;
+    `angle` counts degrees counter-clockwise.
+    """
+    pixels = ops.decode(encoded, device)
+
+    image = ops.random_resized_crop(pixels, options.image_size, options.image_area)
+    image = ops.random_flip(image, options.flip)
+    image = ops.random_colors(image, options, device)
+
+    cells = options.grid**2
+    permutation = ops.random_permutation(cells, options.permutations)
+    turns = ops.integers(4, shape=[1])
+    crop = ops.random_resized_crop(pixels, options.patches_crop, options.patches_area)
+    crop = ops.random_flip(crop, options.flip)
+    crop = ops.quarter_turn(crop, turns[0])
+    patches = ops.random_patches(
+        crop, permutation, side=options.patches_crop, grid=options.grid, patch=options.patch
+    )
+    patches = ops.random_colors(patches, options, device, cells)
+
+    return {
+        "image": image,
+        "patches": patches,
+        "permutation": permutation,
+        "angle": fn.cast(turns * 90, dtype=DALIDataType.INT64),
+        "index": index,
+    }
