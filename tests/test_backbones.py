@@ -11,7 +11,10 @@ from fastssl.backbones import resnet
 
 FILES = sorted((Path(__file__).parents[1] / "fastssl/backbones").glob("[!_]*.py"))
 NAMES = [file.stem for file in FILES]
-EXAMPLES = {"resnet": {"name": "resnet18", "stem": "small"}}  # a small network of each file
+EXAMPLES = {  # a small network of each file
+    "resnet": {"name": "resnet18", "stem": "small"},
+    "nin": {"blocks": 3, "width": 12},
+}
 STAGES = ["stem", "layer1", "layer2", "layer3", "layer4", "pool"]
 
 
