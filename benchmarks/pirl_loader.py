@@ -220,12 +220,13 @@ class PilPirl(Dataset):
         with Image.open(self._paths[row]) as file:
             image = file.convert("RGB")
         crop, o = self._crop(image), self._options
+        side = o.patches_crop // o.grid
         cells = list(range(o.grid**2))
         random.shuffle(cells)
         patches = []
         for cell in cells:
-            top = (cell // o.grid) * o.cell + random.randint(0, o.cell - o.patch)
-            left = (cell % o.grid) * o.cell + random.randint(0, o.cell - o.patch)
+            top = (cell // o.grid) * side + random.randint(0, side - o.patch)
+            left = (cell % o.grid) * side + random.randint(0, side - o.patch)
             patches.append(self._patch(crop.crop((left, top, left + o.patch, top + o.patch))))
         return self._image(image), torch.stack(patches), torch.tensor(cells), row
 

@@ -5,8 +5,6 @@ on the CPU whatever the device, because named arguments of DALI operators live t
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
-from itertools import permutations
 from typing import Literal, Protocol
 
 import numpy as np
@@ -296,77 +294,3 @@ def integers(below: int, shape: Sequence[int] = ()) -> DataNode:
     if shape:
         return fn.random.uniform(values=values, shape=list(shape), dtype=DALIDataType.INT32)
     return fn.random.uniform(values=values, dtype=DALIDataType.INT32)
-
-
-def random_permutation(cells: int, count: int | None = None) -> DataNode:
-    """An order of `cells` cells, int64 [cells], uniform over all cells! of them or over a set.
-
-    Args:
-        cells: 9 for a 3 x 3 grid.
-        count: draw from `permutation_set(cells, count)` only; None: from all.
-    """
-    if count is not None:
-        rows = table(permutation_set(cells, count))
-        return fn.cast(rows[integers(count)], dtype=DALIDataType.INT64)
-    # The ranks of random keys: a table of all 9! rows would cost seconds at every start. The low
-    # digit makes keys distinct: two equal draws (once in 500,000 images) still give an order.
-    drawn = fn.random.uniform(range=[0.0, 1.0], shape=[cells])
-    keys = fn.cast(drawn * float(2**24), dtype=DALIDataType.INT32) * 16
-    keys = keys + table(np.arange(cells, dtype=np.int32))
-    smaller = fn.reshape(keys, shape=[1, cells]) < fn.reshape(keys, shape=[cells, 1])
-    return fn.reductions.sum(fn.cast(smaller, dtype=DALIDataType.INT64), axes=[1])
-
-
-def random_patches(
-    image: DataNode, order: DataNode, *, side: int, grid: int, patch: int, gap: bool = True
-) -> DataNode:
-    """One random patch out of each cell of a grid, in the drawn order: uint8 FHWC.
-
-    Result number k is cut from cell `order[k]` (cells are counted row by row), at an offset uniform
-    in 0 ... cell - patch in both directions, so that neighbours are up to 2 (cell - patch) apart.
-    Order costs nothing: it only moves anchors.
-
-    Args:
-        image: uint8 HWC, `side` pixels a side.
-        order: int64 [grid * grid], a permutation of the cells.
-        side: of the image, in pixels, a multiple of grid.
-        grid: cells a side.
-        patch: pixels a side, at most side / grid.
-        gap: False takes the middle of each cell instead of a random place.
-    """
-    cell = side // grid
-    count = grid * grid
-    corners = np.array([(cell * (i // grid), cell * (i % grid)) for i in range(count)], np.int32)
-    corner = table(corners)
-    if gap:
-        offset = integers(cell - patch + 1, shape=[count, 2])
-    else:
-        middle = (cell - patch) // 2
-        offset = table(np.full((count, 2), middle, np.int32))
-    cut = [
-        fn.slice(image, start=corner[order[k]] + offset[k], shape=[patch, patch], axes=[0, 1])
-        for k in range(count)
-    ]
-    return fn.stack(*cut, axis=0, axis_name="F")
-
-
-@lru_cache(maxsize=8)
-def permutation_set(cells: int, count: int) -> np.ndarray:
-    """A far-apart set of `count` orders: int32 [count, cells], the same in every run.
-
-    Greedy: from a fixed first one, the next is that with the greatest mean Hamming distance to
-    those chosen (Noroozi & Favaro 2016, section 3.3; the first in lexicographic order of equals).
-
-    Raises:
-        ValueError: there are not that many.
-    """
-    every = np.array(list(permutations(range(cells))), np.uint8)
-    if not 1 <= count <= len(every):
-        raise ValueError(f"permutations ({count}) must be in 1 ... {len(every)}")
-    chosen = [int(np.random.Generator(np.random.Philox(0)).integers(len(every)))]
-    agreement = np.zeros(len(every), np.int64)  # matches with the chosen ones, summed
-    while len(chosen) < count:
-        agreement += (every == every[chosen[-1]]).sum(axis=1)
-        agreement[chosen] = np.iinfo(np.int64).max // 2
-        chosen.append(int(agreement.argmin()))
-    return every[chosen].astype(np.int32)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from nvidia.dali.data_node import DataNode
 
-from pipelines import limits, ops
+from pipelines import limits, ops, patch_grid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,41 +37,18 @@ class Options:
         Raises:
             ValueError: says which numbers clash.
         """
-        limits.at_least(8, image_size=self.image_size, patches_crop=self.patches_crop)
-        limits.at_least(2, grid=self.grid)
-        limits.at_least(4, patch=self.patch)
-        if self.grid > 3:
-            raise ValueError(
-                f"grid ({self.grid}) must be 2 or 3: 4 x 4 cells have too many orders to list"
-            )
-        if self.patches_crop % self.grid:
-            near = self.patches_crop - self.patches_crop % self.grid
-            raise ValueError(
-                f"patches_crop ({self.patches_crop}) must be a multiple of grid ({self.grid}): "
-                f"{near} or {near + self.grid}"
-            )
-        if self.patch > self.cell:
-            raise ValueError(
-                f"patch ({self.patch}) must fit in a cell ({self.cell} = patches_crop "
-                f"{self.patches_crop} / grid {self.grid})"
-            )
+        limits.at_least(8, image_size=self.image_size)
+        patch_grid.check_geometry(
+            crop=self.patches_crop, grid=self.grid, patch=self.patch, name="patches_crop"
+        )
         limits.fractions(image_area=self.image_area, patches_area=self.patches_area)
         limits.probabilities(flip=self.flip)
         limits.colors(self)
-        if self.permutations is not None and not 1 <= self.permutations <= self.orders:
+        orders = patch_grid.orders_of(self.grid)
+        if self.permutations is not None and not 1 <= self.permutations <= orders:
             raise ValueError(
-                f"permutations ({self.permutations}) must be in 1 ... {self.orders}, null for all"
+                f"permutations ({self.permutations}) must be in 1 ... {orders}, null for all"
             )
-
-    @property
-    def cell(self) -> int:
-        """Pixels a side of a cell."""
-        return self.patches_crop // self.grid
-
-    @property
-    def orders(self) -> int:
-        """How many orders the cells have."""
-        return 24 if self.grid == 2 else 362_880
 
     @property
     def classes(self) -> int:
@@ -98,11 +75,16 @@ def graph(
     image = ops.random_colors(image, options, device)
 
     cells = options.grid**2
-    permutation = ops.random_permutation(cells, options.permutations)
+    permutation = patch_grid.random_permutation(cells, options.permutations)
     crop = ops.random_resized_crop(pixels, options.patches_crop, options.patches_area)
     crop = ops.random_flip(crop, options.flip)
-    patches = ops.random_patches(
-        crop, permutation, side=options.patches_crop, grid=options.grid, patch=options.patch
+    patches = patch_grid.cut_patches(
+        crop,
+        permutation,
+        cells,
+        crop=options.patches_crop,
+        grid=options.grid,
+        patch=options.patch,
     )
     patches = ops.random_colors(patches, options, device, cells)
 

@@ -8,7 +8,7 @@ from nvidia.dali import fn
 from nvidia.dali.data_node import DataNode
 from nvidia.dali.types import DALIDataType
 
-from pipelines import ops, pirl_jigsaw
+from pipelines import ops, patch_grid, pirl_jigsaw
 
 Options = pirl_jigsaw.Options
 
@@ -28,13 +28,18 @@ def graph(
     image = ops.random_colors(image, options, device)
 
     cells = options.grid**2
-    permutation = ops.random_permutation(cells, options.permutations)
+    permutation = patch_grid.random_permutation(cells, options.permutations)
     turns = ops.integers(4, shape=[1])
     crop = ops.random_resized_crop(pixels, options.patches_crop, options.patches_area)
     crop = ops.random_flip(crop, options.flip)
     crop = ops.quarter_turn(crop, turns[0])
-    patches = ops.random_patches(
-        crop, permutation, side=options.patches_crop, grid=options.grid, patch=options.patch
+    patches = patch_grid.cut_patches(
+        crop,
+        permutation,
+        cells,
+        crop=options.patches_crop,
+        grid=options.grid,
+        patch=options.patch,
     )
     patches = ops.random_colors(patches, options, device, cells)
 

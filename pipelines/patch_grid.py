@@ -1,0 +1,130 @@
+"""Cells of an image and the patches cut out of them: what all tasks on patches share.
+
+The geometry is that of Kolesnikov, Zhai & Beyer 2019 (arXiv:1901.09005, section 4): an image
+resized to 292 x 292, a random 255 x 255 of it, 3 x 3 cells of 85 and out of each a patch of 64 at a
+random place, so that patches of neighbouring cells lie 0 to 42 pixels apart and no edge runs on
+from one to the next. (Noroozi & Favaro 2016 write 225 and cells of 75; their code has 255 and 85.)
+"""
+
+import math
+
+import numpy as np
+from nvidia.dali import fn
+from nvidia.dali.data_node import DataNode
+from nvidia.dali.types import DALIDataType
+
+from pipelines import limits, ops
+from pipelines.permutations import permutation_set
+
+
+def check_geometry(
+    *, crop: int, grid: int, patch: int, channel_shift: int = 0, name: str = "crop"
+) -> None:
+    """Refuses cells and patches that do not fit; all in pixels a side, `grid` in cells a side.
+
+    Args:
+        crop: what is cut into cells.
+        grid: cells a side.
+        patch: cut out of each cell.
+        channel_shift: room for the colours to be apart.
+        name: of the option that `crop` is.
+
+    Raises:
+        ValueError: says which numbers clash.
+    """
+    limits.at_least(8, **{name: crop})
+    limits.at_least(2, grid=grid)
+    limits.at_least(4, patch=patch)
+    limits.at_least(0, channel_shift=channel_shift)
+    if grid > 3:
+        raise ValueError(f"grid ({grid}) must be 2 or 3: 4 x 4 cells have too many orders to list")
+    if crop % grid:
+        near = crop - crop % grid
+        raise ValueError(
+            f"{name} ({crop}) must be a multiple of grid ({grid}): {near} or {near + grid}"
+        )
+    cell = crop // grid
+    if patch + channel_shift > cell:
+        shifted = f" + channel_shift ({channel_shift})" if channel_shift else ""
+        raise ValueError(
+            f"patch ({patch}){shifted} must fit in a cell ({cell} = {name} {crop} / grid {grid})"
+        )
+
+
+def orders_of(grid: int) -> int:
+    """How many orders the cells have."""
+    return math.factorial(grid * grid)
+
+
+def random_permutation(cells: int, count: int | None = None) -> DataNode:
+    """An order of `cells` cells, int64 [cells], uniform over all cells! of them or over a set.
+
+    Args:
+        cells: 9 for a 3 x 3 grid.
+        count: draw from the far-apart set of that many; None: from all.
+    """
+    if count is not None:
+        rows = ops.table(permutation_set(cells, count))
+        return fn.cast(rows[ops.integers(count)], dtype=DALIDataType.INT64)
+    # The ranks of random keys: a table of all 9! rows would cost seconds at every start. The low
+    # digit makes keys distinct: two equal draws (once in 500,000 images) still give an order.
+    drawn = fn.random.uniform(range=[0.0, 1.0], shape=[cells])
+    keys = fn.cast(drawn * float(2**24), dtype=DALIDataType.INT32) * 16
+    keys = keys + ops.table(np.arange(cells, dtype=np.int32))
+    smaller = fn.reshape(keys, shape=[1, cells]) < fn.reshape(keys, shape=[cells, 1])
+    return fn.reductions.sum(fn.cast(smaller, dtype=DALIDataType.INT64), axes=[1])
+
+
+def cut_patches(
+    image: DataNode,
+    cells: np.ndarray | DataNode,
+    count: int,
+    *,
+    crop: int,
+    grid: int,
+    patch: int,
+    gap: bool = True,
+    channel_shift: int = 0,
+) -> DataNode:
+    """One patch out of each of the listed cells: uint8 FHWC, F = `count`.
+
+    Patch k is cut from cell `cells[k]` (counted row by row), at an offset uniform in
+    0 ... crop / grid - patch - channel_shift in both directions. Order costs nothing: it only moves
+    where patches are cut.
+
+    Args:
+        image: uint8 HWC, `crop` pixels a side.
+        cells: int [count]: the same for every image, or drawn on the CPU.
+        count: how many are listed.
+        crop: pixels a side of the image, a multiple of grid.
+        grid: cells a side.
+        patch: pixels a side.
+        gap: False takes the middle of each cell instead of a random place.
+        channel_shift: each colour of each patch lies its own 0 ... channel_shift pixels further
+            down and right, which hides chromatic aberration (Noroozi & Favaro 2016; code: 2).
+    """
+    cell = crop // grid
+    corners = np.array(
+        [(cell * row, cell * column) for row in range(grid) for column in range(grid)], np.int32
+    )
+    if isinstance(cells, np.ndarray):
+        corner = ops.table(corners[cells])
+    else:
+        by_cell = ops.table(corners)
+        corner = fn.stack(*[by_cell[cells[k]] for k in range(count)])
+    spare = cell - patch - channel_shift
+    start = corner + (ops.integers(spare + 1, shape=[count, 2]) if gap else spare // 2)
+    if not channel_shift:
+        cut = [_cut(image, start[k], patch) for k in range(count)]
+        return fn.stack(*cut, axis=0, axis_name="F")
+    planes = [image[:, :, color : color + 1] for color in range(3)]
+    shift = ops.integers(channel_shift + 1, shape=[count, 3, 2])
+    cut = [
+        fn.cat(*[_cut(planes[c], start[k] + shift[k, c], patch) for c in range(3)], axis=2)
+        for k in range(count)
+    ]
+    return fn.stack(*cut, axis=0, axis_name="F")
+
+
+def _cut(image: DataNode, start: DataNode, patch: int) -> DataNode:
+    return fn.slice(image, start=start, shape=[patch, patch], axes=[0, 1])
