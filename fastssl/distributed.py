@@ -53,7 +53,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        gradient = gradients[0].contiguous()
+        gradient = gradients[0].clone(memory_format=torch.contiguous_format)  # summed in place
         dist.all_reduce(gradient)  # over what all processes made of all parts
         return gradient.chunk(world())[rank()]
 
