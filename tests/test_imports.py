@@ -16,7 +16,7 @@ FILES = sorted(
 MAY_IMPORT = {
     "pipelines": ("nvidia.dali", "numpy", "pipelines"),
     "fastssl/objectives": (
-        *("torch", "numpy", "fastssl.distributed", "fastssl.lab", "fastssl.memory"),
+        *("torch", "fastssl.distributed", "fastssl.lab", "fastssl.memory"),
         "fastssl.patch_network",
     ),
     "fastssl/backbones": ("torch", "torchvision"),
