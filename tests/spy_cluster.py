@@ -15,7 +15,13 @@ Options = spy_objective.Options
 
 class Objective(spy_objective.Objective):
     def forward(
-        self, image: Tensor, patches: Tensor, permutation: Tensor, index: Tensor
+        self,
+        image: Tensor,
+        index: Tensor,
+        patches: Tensor | None = None,
+        permutation: Tensor | None = None,
+        turned: Tensor | None = None,
+        angle: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         line = {
             "local_rank": int(os.environ["LOCAL_RANK"]),
@@ -24,4 +30,4 @@ class Objective(spy_objective.Objective):
         path = Path(os.environ["SPY_FOLDER"]) / f"pixels-{distributed.rank()}.jsonl"
         with path.open("a") as file:
             file.write(json.dumps(line) + "\n")
-        return super().forward(image, patches, permutation, index)
+        return super().forward(image, index, patches, permutation, turned, angle)

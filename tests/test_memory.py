@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from fastssl.memory import Memory
+from fastssl.memory import Memory, generator
 
 
 def bank(images=10, dimension=4, momentum=0.5, seed=0) -> Memory:
@@ -155,3 +155,13 @@ def test_restored_bank_continues_with_the_same_rows_and_negatives():
         for each in (memory, restored):
             each.see(torch.tensor([9]), embeddings(1, seed=9))
             each.finish_step()
+
+
+def test_numbers_are_a_function_of_the_seed_and_the_stream_s_name_alone():
+    def draw(seed, stream):
+        return torch.rand(5, generator=generator("cpu", seed, stream)).tolist()
+
+    drawn = [draw(0, "a"), draw(0, "b"), draw(1, "a")]
+    torch.manual_seed(3)
+    assert draw(0, "a") == drawn[0]
+    assert len({tuple(each) for each in drawn}) == 3

@@ -46,12 +46,13 @@ class Options:
         loss: nce is eq. 5; infonce only its first term, -log h(m_I, b), which is cross-entropy
             over the image and its negatives, as most code trained since does (PyContrast), and,
             with as many negatives as images, NPID's full non-parametric softmax.
-            nce_constant_z is what NPID's and VISSL's code trains (vissl/losses/nce_loss.py):
-            P = exp(s / tau) / Z with Z = n mean(exp(s / tau)) over the first batch's first view,
-            its memory and its negatives, constant from then on; h = P / (P + N / n), where n
-            counts the images and 1 / n is the noise; and the image itself stays among its
-            negatives, where noise may draw it. The scale of such a loss hangs on the first
-            weights.
+            nce_constant_z is NPID's own (Wu et al. 2018, section 3.2), which VISSL's code trains
+            for PIRL, too (vissl/losses/nce_loss.py): P = exp(s / tau) / Z, where
+            Z = n mean(exp(s / tau)) over the first batch's first view, its memory and its
+            negatives, constant from then on; h = P / (P + N / n), where n counts the images and
+            1 / n is the noise; and the image itself stays among its negatives, where noise may
+            draw it. The scale of such a loss hangs on the first weights: it wants a lower
+            learning rate when images are few.
         negatives_for: batch draws one D_N a step for all images and processes (one matrix product);
             image draws one for each image as the paper says, which gathers
             4 * batch * negatives * dimension bytes: 1 GB for 64 images with the defaults.
