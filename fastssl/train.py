@@ -49,6 +49,7 @@ from fastssl import (
 )
 from fastssl.config import Recipe
 from fastssl.loader import DataError, Loader, output_names, threads_per_process
+from fastssl.rehearsal import rehearse
 
 STOPPED = 75  # EX_TEMPFAIL: try again
 COLLAPSED = 0.03  # std of the embeddings, where 1 is spread out and 0 a single point
@@ -170,6 +171,28 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
         say(f"probe: none beside data.root ({error})")
     if folder is None:
         say("probe: none (probe.root names a folder with train/<class>/ and val/<class>/)")
+    # ---- Model, as yet on the CPU ---------------------------------------------------------------
+    set_seed(options.seed)  # the same weights on every process
+    backbone = recipe.backbone.module.backbone(recipe.backbone.options)
+    objective: Any = recipe.objective.module.Objective(
+        backbone,
+        recipe.objective.options,
+        images=len(samples),
+        classes=recipe.pipeline.options.classes,
+        labels=None if samples.labels is None else torch.from_numpy(samples.labels),
+        seed=options.seed,
+    )
+    rehearse(
+        recipe.data,
+        samples,
+        recipe.pipeline,
+        objective,
+        name=recipe.objective.use,
+        # Objectives that compare images join those of all processes, of which here is but one.
+        images=max(batch // options.accumulate, min(2, world)),
+    )
+
+    # ---- The run folder: nothing is written before --------------------------------------------
     start, saved = None, None
     if rank == 0:
         run_folder.open_run(out, options.resume, recipe.values)  # reads only: refuses untouched
@@ -233,19 +256,9 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
         say=_say,
     )
 
-    # ---- Model and optimizer -------------------------------------------------------------------
-    set_seed(options.seed)  # the same weights on every process
+    # ---- Model on the device, and optimizer ----------------------------------------------------
     torch.backends.cudnn.benchmark = True
     torch.set_float32_matmul_precision("high")
-    backbone = recipe.backbone.module.backbone(recipe.backbone.options)
-    objective: Any = recipe.objective.module.Objective(
-        backbone,
-        recipe.objective.options,
-        images=len(samples),
-        classes=recipe.pipeline.options.classes,
-        labels=None if samples.labels is None else torch.from_numpy(samples.labels),
-        seed=options.seed,
-    )
     objective = objective.to(device=device, memory_format=torch.channels_last)
     if options.sync_batchnorm and world > 1:
         objective = torch.nn.SyncBatchNorm.convert_sync_batchnorm(objective)

@@ -638,12 +638,18 @@ def test_a_full_disk_costs_lines_for_a_while_and_not_the_run(
     assert_same_run(tmp_path / "run", whole)
 
 
-def test_a_mistake_met_at_the_first_step_can_be_corrected_in_the_same_folder(command, capsys):
+def test_a_mistake_in_what_fits_together_can_be_corrected_in_the_same_folder(command, capsys):
     grid = ["pipeline.grid=2", "train.steps=1"]
     message = fails(command(*grid), capsys)
 
     assert "patches (9) must be as many as the pipeline puts out: 4" in message
     assert train.main(command(*grid, "objective.patches=4")) == 0
+
+
+def test_batch_norm_over_all_processes_is_refused_without_gpus(command, capsys):
+    message = fails(command("train.sync_batchnorm=true"), capsys)
+
+    assert "train.sync_batchnorm (true) needs GPUs: give false" in message
 
 
 def test_a_tracker_that_is_not_there_is_refused_by_name(command, capsys, tmp_path):

@@ -94,8 +94,8 @@ class Objective(nn.Module):
         del permutation, index
         if patches.shape[1] != self.options.patches:
             raise ValueError(
-                f"patches ({self.options.patches}) must be as many as the pipeline puts out:"
-                f" {patches.shape[1]}"
+                f"objective.patches ({self.options.patches}) must be as many as the pipeline puts"
+                f" out: {patches.shape[1]}"
             )
         features = features_of(self.backbone, patches, self.options.standardize)
         return classification(self.head(features, order), label.flatten())

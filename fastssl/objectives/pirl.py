@@ -171,8 +171,8 @@ class Objective(nn.Module):
             assert patches is not None, "see takes"
             if patches.shape[1] != options.patches:
                 raise ValueError(
-                    f"patches ({options.patches}) must be as many as the pipeline puts out:"
-                    f" {patches.shape[1]}"
+                    f"objective.patches ({options.patches}) must be as many as the pipeline puts"
+                    f" out: {patches.shape[1]}"
                 )
             # all patches of the batch in one call; a view, as flatten keeps channels-last memory
             features = self.backbone(patches.flatten(0, 1))

@@ -58,7 +58,7 @@ class Objective(nn.Module):
             raise ValueError(
                 f"objective.use fastssl.objectives.supervised needs at least 2 classes, and the"
                 f" listing has {found}: data.root must hold a folder for each class"
-                " (root/<class>/<image>.jpg)"
+                " (root/<class>/<image>.jpg), and no image beside them"
             )
         self.options = options
         self.classes = found

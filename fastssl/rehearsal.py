@@ -1,0 +1,81 @@
+"""One batch on paper: the graph on a real image, the objective on tensors that only have shapes.
+
+What does not fit (another number of patches than the head was made for, batch norm over a single
+image, a network that shrinks the image to nothing) is told before a device is touched, and costs
+neither memory nor the time of a step.
+"""
+
+import contextlib
+import copy
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fastssl.config import Part, RecipeError
+from fastssl.loader import DataError, Loader
+
+TRIES = 8  # images, until one can be decoded
+
+
+def rehearse(
+    data: Part, samples: Any, pipeline: Part, objective: nn.Module, *, name: str, images: int
+) -> None:
+    """Scores `images` copies of one image's shapes; leaves the objective as it was.
+
+    Args:
+        data: the reader.
+        samples: its listing.
+        pipeline: the graph.
+        objective: on the CPU.
+        name: the objective's, for the message.
+        images: of a process, scored at a time.
+
+    Raises:
+        RecipeError: the objective refuses what the graph puts out.
+    """
+    tensors = _one_image(data, samples, pipeline)
+    if tensors is None:
+        return  # the loader will say which files can't be decoded
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    # Copied with shapes in place of weights: a bank of a million rows is not copied.
+    originals = [*objective.parameters(), *objective.buffers()]
+    shapes: dict[int, Any] = {id(tensor): mode.from_tensor(tensor) for tensor in originals}
+    on_paper = copy.deepcopy(objective, shapes)
+    with mode, torch.enable_grad():
+        batch = {
+            key: torch.empty((images, *tensor.shape[1:]), dtype=tensor.dtype)
+            for key, tensor in tensors.items()
+        }
+        try:
+            # What a rehearsal can't do (an operator that needs values) says nothing of the run.
+            with contextlib.suppress(NotImplementedError, RuntimeError):
+                on_paper(**batch)
+        except ValueError as error:
+            raise RecipeError(
+                f"{name} can't be trained on what {pipeline.use} puts out, {images} images at a "
+                f"time (train.batch / (processes x train.accumulate)): {error}"
+            ) from error
+
+
+def _one_image(data: Part, samples: Any, pipeline: Part) -> dict[str, Tensor] | None:
+    """What the graph makes of the first image that can be decoded, on the CPU."""
+    for row in samples.usable[:TRIES]:
+        loader = Loader(
+            data.module,
+            samples,
+            pipeline.module,
+            pipeline.options,
+            lambda step, row=row: np.array([row]),
+            batch=1,
+            seed=0,
+            device=torch.device("cpu"),
+            threads=1,
+            prefetch=1,
+            say=lambda text: None,
+        )
+        with contextlib.suppress(DataError):
+            return next(loader)
+    return None
