@@ -10,6 +10,8 @@ which the paper calls "in-gamut". Other rules do not: 261 bins are nearest to so
 lie in the hull itself, 309 are corners of a cell that holds a colour.
 """
 
+import zipfile
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -155,7 +157,7 @@ def read_prior(path: str) -> list[float]:
     """
     try:
         values = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"prior ({path}) must be a .npy file of {BINS} numbers: {error}") from None
     if not isinstance(values, np.ndarray) or values.shape != (BINS,) or values.dtype.kind != "f":
         found = f"{values.dtype} {list(values.shape)}" if isinstance(values, np.ndarray) else "more"

@@ -17,13 +17,14 @@ from torch import nn
 class Options:
     """The `optim` section of a recipe."""
 
-    name: Literal["sgd", "adamw", "lars"] = "sgd"
+    name: Literal["sgd", "adam", "adamw", "lars"] = "sgd"
     lr: float  # the highest learning rate, for a batch of `lr_batch` images
     lr_batch: int | None = None  # scale lr linearly to train.batch (Goyal et al. 2017, section 2.1)
     momentum: float = 0.9  # sgd and lars
     nesterov: bool = False  # sgd
-    betas: tuple[float, float] = (0.9, 0.999)  # adamw
-    weight_decay: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)  # adam and adamw
+    weight_decay: float = 1e-4  # adam adds it to the gradient, adamw takes it off the weights
+    head_weight_decay: float | None = None  # of what is not the backbone; null: the same
     decay_norm_and_bias: bool = True  # False: no decay on norms and biases; lars leaves them alone
     trust_coefficient: float = 0.001  # lars (You et al. 2017, section 4: eta)
     schedule: Literal["cosine", "multistep", "constant"] = "cosine"
@@ -44,6 +45,8 @@ class Options:
             raise ValueError(f"betas ({self.betas}) must be at least 0 and below 1")
         if self.weight_decay < 0:
             raise ValueError(f"weight_decay ({self.weight_decay}) must be at least 0")
+        if self.head_weight_decay is not None and self.head_weight_decay < 0:
+            raise ValueError(f"head_weight_decay ({self.head_weight_decay}) must be at least 0")
         if self.trust_coefficient <= 0:
             raise ValueError(f"trust_coefficient ({self.trust_coefficient}) must be above 0")
         if not 0 <= self.final_lr <= self.lr:
@@ -76,7 +79,7 @@ class Options:
         read_by = {
             "momentum": self.name in ("sgd", "lars"),
             "nesterov": self.name == "sgd",
-            "betas": self.name == "adamw",
+            "betas": self.name in ("adam", "adamw"),
             "trust_coefficient": self.name == "lars",
             "final_lr": self.schedule == "cosine",
             "milestones": self.schedule == "multistep",
@@ -151,10 +154,9 @@ def optimizer(options: Options, module: nn.Module) -> torch.optim.Optimizer:
             nesterov=options.nesterov,
             weight_decay=options.weight_decay,
         )
-    if options.name == "adamw":
-        return torch.optim.AdamW(
-            groups, lr=options.lr, betas=options.betas, weight_decay=options.weight_decay
-        )
+    if options.name in ("adam", "adamw"):
+        kind = torch.optim.Adam if options.name == "adam" else torch.optim.AdamW
+        return kind(groups, lr=options.lr, betas=options.betas, weight_decay=options.weight_decay)
     try:
         from timm.optim.lars import Lars  # noqa: PLC0415  # an optional dependency, slow to import
     except ModuleNotFoundError as error:
@@ -235,16 +237,25 @@ def _between(start: float, end: float, share: float) -> float:
 
 
 def _groups(options: Options, module: nn.Module) -> list[dict]:
-    """Parameter groups; the second, if any, is neither decayed nor adapted."""
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    if options.decay_norm_and_bias:
-        return [{"params": parameters}] if parameters else []
-    # Norm scales, norm offsets and biases are the parameters of fewer than two dimensions, in any
-    # architecture and under any name.
-    decayed = [parameter for parameter in parameters if parameter.ndim >= 2]
-    undecayed = [parameter for parameter in parameters if parameter.ndim < 2]
-    groups = [{"params": decayed}, {"params": undecayed, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+    """Parameter groups, as few as the options need; those of weight_decay 0 are not adapted."""
+    groups: dict[float | None, list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        decay = None  # the optimizer's
+        if not name.startswith("backbone.") and options.head_weight_decay is not None:
+            decay = options.head_weight_decay
+        # Norm scales, norm offsets and biases are the parameters of fewer than two dimensions, in
+        # any architecture and under any name.
+        if parameter.ndim < 2 and not options.decay_norm_and_bias:
+            decay = 0.0
+        groups.setdefault(decay, []).append(parameter)
+    # decayed first, whatever comes first in the module
+    order = sorted(groups, key=lambda decay: (decay == 0.0, decay is not None))
+    return [
+        {"params": groups[decay]} | ({} if decay is None else {"weight_decay": decay})
+        for decay in order
+    ]
 
 
 def _listed(numbers: tuple[float, ...]) -> str:

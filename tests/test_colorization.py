@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from fastssl import lab
 from fastssl.backbones import resnet
@@ -323,21 +322,52 @@ def test_the_dry_run_leaves_backbone_and_generator_as_they_were():
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
-    maps = colorization._channels(network)
+    maps = colorization._maps(network)
 
     assert torch.equal(torch.rand(1), expected)
     assert [each.training for each in network.modules()] == modes
     assert all(torch.equal(before[name], each) for name, each in network.state_dict().items())
-    assert maps == [(4, 4), (4, 4), (8, 4), (16, 4), (32, 4), (32, 2)]
+    assert maps == [(4, 4), (4, 4), (8, 8), (16, 16), (32, 32), (32, 0)]  # channels, stride
 
 
 def test_projecting_first_is_resizing_first():
-    head = colorization.Hypercolumn([(3, 4), (5, 2)], 4).eval()
+    depths = [colorization.Map(3, 16), colorization.Map(5, 0)]
+    head = colorization.Hypercolumn(depths, 4).eval()
     maps = [torch.randn(2, 3, 2, 2), torch.randn(2, 5)]
-    large = functional.interpolate(maps[0], size=(8, 8), mode="bilinear")
+    large = colorization._at(maps[0], 16, (8, 8))
     total = head.projections[0](large) + head.projections[1](maps[1][:, :, None, None])
 
     torch.testing.assert_close(head(maps, (8, 8)), head.bins(head.norm(total).relu()))
+
+
+def test_a_map_is_read_where_its_places_lie():
+    # place i of a map of stride 8 is at pixel 8 i, target j at pixel 4 j; what lies beyond the last
+    # place takes its value
+    ramp = (torch.arange(3.0) * 8).expand(1, 1, 3, 3)
+    read = colorization._at(ramp, 8, (6, 6))
+
+    assert read[0, 0, 0].tolist() == [0, 4, 8, 12, 16, 16]
+    assert colorization._at(ramp.mT, 8, (6, 6))[0, 0, :, 0].tolist() == [0, 4, 8, 12, 16, 16]
+
+
+@pytest.mark.parametrize("stage", ["layer1", "layer2", "layer3", "layer4"])
+def test_the_prediction_of_a_pixel_looks_at_that_pixel(stage):
+    network = resnet.backbone(resnet.Options(name="resnet10", width=8)).eval()
+    pixels = torch.rand(1, 3, 256, 256, requires_grad=True)
+    strides = {"layer1": 4, "layer2": 8, "layer3": 16, "layer4": 32}
+    maps = network.stages(pixels)[stage].square().sum(1, keepdim=True)
+    target = 32  # pixel 128, in the middle of the image
+    colorization._at(maps, strides[stage], (64, 64))[0, 0, target, target].backward()
+    assert pixels.grad is not None
+    weight = pixels.grad.square().sum((0, 1))
+    place = torch.arange(256.0)
+    row = (weight.sum(1) * place).sum() / weight.sum()
+    column = (weight.sum(0) * place).sum() / weight.sum()
+
+    # random filters pull the centre about a little; half a stride off would be 14 pixels at layer4
+    allowed = 0.5 + strides[stage] / 8
+    assert abs(row - 4 * target) < allowed
+    assert abs(column - 4 * target) < allowed
 
 
 def test_it_learns_a_colour_that_lightness_tells():

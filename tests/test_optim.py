@@ -89,8 +89,11 @@ def test_a_step_beyond_the_run_is_a_fault_of_the_loop():
         optim.learning_rate(optim.Options(lr=0.1), 5, steps=5, steps_per_epoch=5, batch=8)
 
 
-@pytest.mark.parametrize(("name", "kind"), [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)])
-def test_sgd_and_adamw_are_those_of_torch(name, kind):
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("sgd", torch.optim.SGD), ("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)],
+)
+def test_sgd_adam_and_adamw_are_those_of_torch(name, kind):
     options = optim.Options(name=name, lr=0.03, weight_decay=0.01)
     made = optim.optimizer(options, nn.Linear(2, 3))
 
@@ -112,7 +115,17 @@ def test_adamw_has_its_betas():
     assert made.defaults["betas"] == (0.9, 0.95)
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw", "lars"])
+def test_heads_may_have_a_weight_decay_of_their_own():
+    network = nn.ModuleDict({"backbone": nn.Linear(2, 3), "head": nn.Linear(3, 4)})
+    options = optim.Options(lr=0.1, weight_decay=1e-4, head_weight_decay=5e-4)
+    body, head = optim.optimizer(options, network).param_groups
+
+    assert (body["weight_decay"], head["weight_decay"]) == (1e-4, 5e-4)
+    assert [each.shape for each in body["params"]] == [(3, 2), (3,)]
+    assert [each.shape for each in head["params"]] == [(4, 3), (4,)]
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "lars"])
 def test_norms_and_biases_are_not_decayed_when_the_recipe_says_so(name):
     network = resnet18()
     options = optim.Options(name=name, lr=0.1, weight_decay=0.01, decay_norm_and_bias=False)
@@ -195,7 +208,7 @@ def test_lars_without_timm_says_what_to_install(monkeypatch):
         optim.optimizer(optim.Options(name="lars", lr=0.1), nn.Linear(2, 3))
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw", "lars"])
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "lars"])
 def test_an_optimizer_restored_from_its_state_steps_bit_for_bit_alike(name):
     options = optim.Options(name=name, lr=0.05, decay_norm_and_bias=False)
 
@@ -271,6 +284,7 @@ def test_the_summary_warns_of_a_run_that_is_all_warm_up():
         ({"lr": 0.0}, r"lr \(0.0\) must be above 0"),
         ({"lr_batch": 0}, r"lr_batch \(0\) must be at least 1"),
         ({"momentum": 1.0}, r"momentum \(1.0\) must be at least 0 and below 1"),
+        ({"head_weight_decay": -1.0}, r"head_weight_decay \(-1.0\) must be at least 0"),
         ({"name": "adamw", "betas": (0.9, 1.0)}, r"betas \(\(0.9, 1.0\)\) must be at least 0"),
         ({"weight_decay": -1e-4}, r"weight_decay \(-0.0001\) must be at least 0"),
         ({"name": "lars", "trust_coefficient": 0.0}, r"trust_coefficient \(0.0\) must be above"),

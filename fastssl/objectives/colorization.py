@@ -8,7 +8,7 @@ more (section 2.2), or the answer to everything would be a grayish brown:
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -85,13 +85,13 @@ class Objective(nn.Module):
         labels: Tensor | None,
         seed: int,
     ):
-        """A head for the maps of `backbone`, whose channels a dry run on black pixels tells."""
+        """A head for the maps of `backbone`, told by a dry run on black pixels."""
         del images, classes, labels, seed
         super().__init__()
         self.options = options
         self.backbone = backbone
         self.bins = Bins()
-        maps = _channels(backbone)
+        maps = _maps(backbone)
         if options.head == "hypercolumn":
             self.head: nn.Module = Hypercolumn(maps, options.channels)
         else:
@@ -126,7 +126,7 @@ class Objective(nn.Module):
         logits = self._logits(image)
         # Q = bins, K = neighbours, h x w = a quarter of the image
         with torch.autocast(image.device.type, enabled=False):
-            logits_BQhw = logits.float()
+            logits_BQhw = logits.to(torch.promote_types(logits.dtype, torch.float32))
             # the upper left pixel of every 4 x 4, as the code's convolution of stride 4 picks them
             ab_B2hw = rgb_to_lab(image[:, :, ::QUARTER, ::QUARTER])[:, 1:]
             colored_B = (ab_B2hw.abs() > GRAY).flatten(1).any(1)
@@ -186,7 +186,8 @@ class Objective(nn.Module):
     def colorize(self, image: Tensor) -> Tensor:
         """The colours predicted for `image`, both uint8 [B, 3, S, S], with its own lightness."""
         ab = self.bins.annealed_mean(self._logits(image))
-        ab = functional.interpolate(ab, size=image.shape[-2:], mode="bilinear")
+        height, width = image.shape[-2:]
+        ab = _at(ab, QUARTER, (height, width), step=1)
         return lab_to_rgb(torch.cat([rgb_to_lab(image)[:, :1], ab], dim=1))
 
     def _logits(self, image: Tensor) -> Tensor:
@@ -206,11 +207,13 @@ class Hypercolumn(nn.Module):
     would start the softmax far from even.
     """
 
-    def __init__(self, maps: list[tuple[int, int]], channels: int):
-        """For `maps` of so many channels and dimensions."""
+    def __init__(self, maps: list["Map"], channels: int):
+        """For the outputs of stages()."""
         super().__init__()
+        self.strides = [each.stride for each in maps]
         self.projections = nn.ModuleList(
-            nn.Conv2d(each, channels, 1, bias=number == 0) for number, (each, _) in enumerate(maps)
+            nn.Conv2d(each.channels, channels, 1, bias=number == 0)
+            for number, each in enumerate(maps)
         )
         self.norm = nn.BatchNorm2d(channels)
         self.bins = nn.Conv2d(channels, BINS, 1)
@@ -218,12 +221,12 @@ class Hypercolumn(nn.Module):
     def forward(self, maps: list[Tensor], size: tuple[int, int]) -> Tensor:
         """Logits [B, 313, *size] of every depth's [B, C, H, W] or [B, C]."""
         total = None
-        for each, projection in zip(maps, self.projections, strict=True):
+        for each, stride, projection in zip(maps, self.strides, self.projections, strict=True):
             part = each if each.ndim == 4 else each[:, :, None, None]
             # projected first: the same as resized first, both being linear, and cheaper
             part = projection(part)
-            if each.ndim == 4:
-                part = _resized(part, size)
+            if stride:
+                part = _at(part, stride, size)
             total = part if total is None else total + part
         assert total is not None, "a backbone must offer stages()"
         return self.bins(functional.relu(self.norm(total)))
@@ -232,30 +235,56 @@ class Hypercolumn(nn.Module):
 class Deepest(nn.Module):
     """The last map alone; a backbone must have no weights behind it."""
 
-    def __init__(self, maps: list[tuple[int, int]]):
-        """For `maps` of so many channels and dimensions."""
+    def __init__(self, maps: list["Map"]):
+        """For the outputs of stages()."""
         super().__init__()
-        self.last = max(number for number, (_, dimensions) in enumerate(maps) if dimensions == 4)
-        self.bins = nn.Conv2d(maps[self.last][0], BINS, 1)
+        self.last = max(number for number, each in enumerate(maps) if each.stride)
+        self.stride = maps[self.last].stride
+        self.bins = nn.Conv2d(maps[self.last].channels, BINS, 1)
 
     def forward(self, maps: list[Tensor], size: tuple[int, int]) -> Tensor:
         """Logits [B, 313, *size]."""
-        return _resized(self.bins(maps[self.last]), size)
+        return _at(self.bins(maps[self.last]), self.stride, size)
 
 
-def _resized(part: Tensor, size: tuple[int, int]) -> Tensor:
-    if part.shape[-2:] == size:
-        return part
-    return functional.interpolate(part, size=size, mode="bilinear")
+class Map(NamedTuple):
+    """One output of stages()."""
+
+    channels: int
+    stride: int  # pixels between two places of it; 0: it has no places
+
+
+def _at(part: Tensor, stride: int, size: tuple[int, int], step: int = QUARTER) -> Tensor:
+    """The values [B, C, *size] of a map [B, C, H, W] at every `step` pixels, linear in between.
+
+    Place i of the map is centred on pixel stride * i, as the usual padding has it: interpolate()
+    would read the deepest map of a ResNet 14 pixels off.
+    """
+    for dimension, count in zip((2, 3), size, strict=True):
+        last = part.shape[dimension] - 1
+        place = torch.arange(count, device=part.device) * (step / stride)
+        place = place.clamp(max=last)  # beyond the last place: its value
+        low = place.floor().long()
+        share = (
+            (place - low).to(part.dtype).reshape([-1 if d == dimension else 1 for d in range(4)])
+        )
+        high = (low + 1).clamp(max=last)
+        below, above = part.index_select(dimension, low), part.index_select(dimension, high)
+        part = torch.lerp(below, above, share)
+    return part
 
 
 @torch.no_grad()
-def _channels(backbone: nn.Module) -> list[tuple[int, int]]:
-    """Channels and dimensions of every output of stages(); leaves the backbone as it was."""
+def _maps(backbone: nn.Module) -> list[Map]:
+    """What stages() gives; leaves the backbone as it was."""
     training = [(module, module.training) for module in backbone.modules()]
     backbone.eval()  # batch norm's statistics stay, dropout draws nothing
-    black = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+    side = 128  # a multiple of the strides of usual networks
+    black = torch.zeros(1, 3, side, side, dtype=torch.uint8)
     stages = backbone.stages(black)  # pyright: ignore[reportCallIssue]  a backbone has it
     for module, was in training:
         module.training = was
-    return [(each.shape[1], each.ndim) for each in stages.values()]
+    return [
+        Map(each.shape[1], round(side / each.shape[2]) if each.ndim == 4 else 0)
+        for each in stages.values()
+    ]
