@@ -1,5 +1,7 @@
 """Patches to classes: what the objectives of jigsaw and relative patch location share.
 
+And exemplar, whose views are standardised as patches are.
+
 Every patch goes through the backbone once; a head joins the features of some patches in an order
 and classifies that (Kolesnikov, Zhai & Beyer 2019, arXiv:1901.09005, section 4; line numbers are
 those of self_supervision/patch_utils.py in google/revisiting-self-supervised).
@@ -32,7 +34,7 @@ def standardize(patches: Tensor, how: Standardization) -> Tensor:
     if how == "global":
         return patches
     over = (1, 2, 3) if how == "joint" else (2, 3)
-    pixels = patches.float()
+    pixels = patches.to(torch.promote_types(patches.dtype, torch.float32))
     variance, mean = torch.var_mean(pixels, over, correction=0, keepdim=True)
     count = pixels[0].numel() if how == "joint" else pixels[0, 0].numel()
     return pixels.sub_(mean).div_(variance.sqrt().clamp(min=count**-0.5))
@@ -40,7 +42,10 @@ def standardize(patches: Tensor, how: Standardization) -> Tensor:
 
 def features_of(backbone: nn.Module, patches: Tensor, how: Standardization) -> Tensor:
     """Features [B, F, dim] of `patches` [B, F, 3, p, p], uint8, in one call of the backbone."""
-    features = backbone(standardize(patches.flatten(0, 1), how))
+    pixels = standardize(patches.flatten(0, 1), how)
+    if pixels.is_floating_point():
+        pixels = pixels.to(next(backbone.parameters()).dtype)  # float64 stays float64
+    features = backbone(pixels)
     return features.unflatten(0, patches.shape[:2])
 
 
@@ -135,7 +140,8 @@ def classification(logits: Tensor, label: Tensor) -> tuple[Tensor, dict[str, Ten
         label: [M], int64.
     """
     with torch.autocast(logits.device.type, enabled=False):
-        loss = functional.cross_entropy(logits.float(), label)
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        loss = functional.cross_entropy(wide, label)
     right = (logits.detach().argmax(1) == label).float().mean()
     chance = torch.full((), 1 / logits.shape[1], device=logits.device)
     return loss, {"accuracy": right, "chance": chance}

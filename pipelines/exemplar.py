@@ -10,7 +10,7 @@ of its own. Here the image is the class, as in K19, and its one seed the square 
 
 import math
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from nvidia.dali import fn
@@ -50,9 +50,9 @@ class Options:
             does not mention it, the code has 0.66 (config/exemplar/imagenet.sh:32-37), and takes
             the mean of red, green and blue where this takes their luma.
         brightness: factor 1 -+ that, for each view; slim adds up to 32 / 255 instead.
-        contrast: likewise, slim's 0.5 ... 1.5.
-        saturation: likewise.
-        hue: up to that part of a full turn either way.
+        contrast: likewise; slim's slow mode 0.5 ... 1.5, its fast one, which is K19's, none.
+        saturation: likewise, slim's 0.5 ... 1.5 in both modes.
+        hue: up to that part of a full turn either way; slim's slow mode 0.2, its fast one none.
         components: contrast 1 of Dosovitskiy, (0.5, 2): factor of each principal component of the
             colours, log-uniform; (1, 1) is off, as all that follow.
         powers: contrast 2, (0.25, 4): saturation and value in 0 ... 1 are raised to it, each to
@@ -73,9 +73,9 @@ class Options:
     flip: float = 0.5
     grayscale: float = 0.66
     brightness: float = 32 / 255
-    contrast: float = 0.5
+    contrast: float = 0.0
     saturation: float = 0.5
-    hue: float = 0.2
+    hue: float = 0.0
     components: Range = (1.0, 1.0)
     powers: Range = (1.0, 1.0)
     factors: Range = (1.0, 1.0)
@@ -108,9 +108,10 @@ class Options:
         unread = ("area", "aspect")
         if self.geometry == "crop":
             unread = ("seed_patch", "translation", "scale", "rotation")
-        default = {field.name: field.default for field in fields(self)}
+        default: dict[str, Any] = {field.name: field.default for field in fields(self)}
         for name in unread:
-            if vars(self)[name] != default[name]:
+            # close to: 1 / 3 cannot be written in a recipe
+            if not np.allclose(vars(self)[name], default[name], rtol=1e-5):
                 raise ValueError(
                     f"{name} ({vars(self)[name]}) must be left at {default[name]}: it is not read "
                     f"with geometry {self.geometry}"

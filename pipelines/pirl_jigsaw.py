@@ -6,6 +6,7 @@ crop of at least 60 % of the area, resized to 255 pixels, cut into 3 x 3 cells o
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from nvidia.dali.data_node import DataNode
 
@@ -22,8 +23,10 @@ class Options:
     patches_area: tuple[float, float] = (0.6, 1.0)
     grid: int = 3  # cells a side
     patch: int = 64
-    flip: float = 0.5  # probability for the image view, and for the crop that becomes patches;
-    # VISSL flips every patch on its own, PyContrast the crop
+    flip: float = 0.5  # probability for the image view, and for the crop that becomes patches
+    flip_of: Literal["crop", "patch"] = "crop"  # patch: every patch on its own (VISSL); the crop:
+    # PyContrast
+    patch_colors: bool = True  # of each patch on its own (VISSL); False: none (PyContrast)
     brightness: float = 0.4
     contrast: float = 0.4
     saturation: float = 0.4
@@ -77,7 +80,8 @@ def graph(
     cells = options.grid**2
     permutation = patch_grid.random_permutation(cells, options.permutations)
     crop = ops.random_resized_crop(pixels, options.patches_crop, options.patches_area)
-    crop = ops.random_flip(crop, options.flip)
+    if options.flip_of == "crop":
+        crop = ops.random_flip(crop, options.flip)
     patches = patch_grid.cut_patches(
         crop,
         permutation,
@@ -86,6 +90,16 @@ def graph(
         grid=options.grid,
         patch=options.patch,
     )
-    patches = ops.random_colors(patches, options, device, cells)
+    patches = change_patches(patches, options, device)
 
     return {"image": image, "patches": patches, "permutation": permutation, "index": index}
+
+
+def change_patches(patches: DataNode, options: Options, device: ops.Device) -> DataNode:
+    """What happens to each patch on its own: mirrored, other colours."""
+    cells = options.grid**2
+    if options.flip_of == "patch":
+        patches = ops.random_flip(patches, options.flip, device, cells)
+    if options.patch_colors:
+        patches = ops.random_colors(patches, options, device, cells)
+    return patches

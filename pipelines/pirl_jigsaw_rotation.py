@@ -31,7 +31,8 @@ def graph(
     permutation = patch_grid.random_permutation(cells, options.permutations)
     turns = ops.integers(4, shape=[1])
     crop = ops.random_resized_crop(pixels, options.patches_crop, options.patches_area)
-    crop = ops.random_flip(crop, options.flip)
+    if options.flip_of == "crop":
+        crop = ops.random_flip(crop, options.flip)
     crop = ops.quarter_turn(crop, turns[0])
     patches = patch_grid.cut_patches(
         crop,
@@ -41,7 +42,7 @@ def graph(
         grid=options.grid,
         patch=options.patch,
     )
-    patches = ops.random_colors(patches, options, device, cells)
+    patches = pirl_jigsaw.change_patches(patches, options, device)
 
     return {
         "image": image,

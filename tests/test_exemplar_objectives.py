@@ -163,10 +163,14 @@ def test_images_far_apart_give_no_loss_and_are_all_found(mining):
     assert metrics["chance"].item() == pytest.approx(2 / 17)
 
 
-@pytest.mark.parametrize("index", [(4,), (4, 4)])
-def test_batch_of_one_image_has_no_loss_and_zero_gradients(index):
+def test_a_batch_of_one_image_is_refused():
+    with pytest.raises(ValueError, match="one image has no negatives"):
+        build()(**batch((4,)))
+
+
+def test_batch_of_one_image_twice_has_no_loss_and_zero_gradients():
     objective = build()
-    loss, metrics = objective(**batch(index))
+    loss, metrics = objective(**batch((4, 4)))
     loss.backward()
 
     assert loss.item() == 0
@@ -198,7 +202,7 @@ def test_every_pair_of_a_large_batch_is_scored():
 
 
 def test_two_views_at_least():
-    with pytest.raises(ValueError, match=r"views \(1\) must be at least 2: a triplet needs"):
+    with pytest.raises(ValueError, match=r"views \(1\) must be at least 2: a positive"):
         build()(**batch(views=1))
 
 

@@ -204,3 +204,22 @@ def test_sizes_are_as_asked(run_graph, png_of, size):
 def test_what_does_not_fit_is_refused_with_the_numbers(options, message):
     with pytest.raises(ValueError, match=message):
         pirl_jigsaw.Options(**options)
+
+
+def test_each_patch_may_be_mirrored_on_its_own(run_graph, png_of):
+    out = outputs(run_graph, png_of(ramp()), **{**BARE, "flip": 0.5, "flip_of": "patch"})
+    columns = out["patches"][..., 0, :, 0].astype(int)  # red counts columns, in steps of 2
+    mirrored = columns[..., 0] > columns[..., -1]
+
+    assert 0.4 < mirrored.mean() < 0.6
+    assert (mirrored.any(axis=1) & ~mirrored.all(axis=1)).mean() > 0.9  # not all nine together
+    left = np.where(mirrored, columns[..., -1], columns[..., 0]) // 2
+    np.testing.assert_array_equal(left // 32, out["permutation"] % 3)
+
+
+def test_patches_may_keep_their_colours(run_graph, png_of):
+    strong = {"brightness": 0.9, "grayscale": 0.5}
+    out = outputs(run_graph, png_of(ramp()), **{**BARE, **strong, "patch_colors": False})
+
+    assert (out["patches"][..., 2] == 7).all()  # the ramp's blue
+    assert (out["image"][..., 2] != 7).any()

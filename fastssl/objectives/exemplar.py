@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastssl import distributed
+from fastssl.patch_network import features_of
 
 ANCHORS = 512  # scored at a time: 512 x 4096 views take 42 MB while the negatives are sorted
 
@@ -40,12 +41,16 @@ class Options:
             length 1 over all views of the batch, as K19's code does (tf.nn.l2_normalize with
             axis=0, self_supervision/exemplar.py:134 of google/revisiting-self-supervised),
             probably by mistake: distances then shrink as the batch grows.
+        standardize: each view by mean and deviation of all its values (joint: K19's code, where
+            the paper is silent) or of each color (channel), or only as the backbone normalises
+            any image (global); see fastssl.patch_network.
     """
 
     margin: float = 0.5
     dimension: int = 1000
     mining: Literal["semi_hard", "batch_hard"] = "semi_hard"
     normalize: Literal["embedding", "batch"] = "embedding"
+    standardize: Literal["joint", "channel", "global"] = "global"
 
     def __post_init__(self):
         if not self.margin > 0:
@@ -91,13 +96,13 @@ class Objective(nn.Module):
             when collapsed.
 
         Raises:
-            ValueError: there is but one view of an image.
+            ValueError: there is but one view of an image, or one image in the batch.
         """
         count = views.shape[1]
         if count < 2:
-            raise ValueError(f"views ({count}) must be at least 2: a triplet needs a positive")
-        # all views in one call; a view of the same memory, as flatten keeps channels-last
-        outputs_AD = self.head(self.backbone(views.flatten(0, 1))).to(self.head.weight.dtype)
+            raise ValueError(f"pipeline.views ({count}) must be at least 2: a positive is needed")
+        features_AD = features_of(self.backbone, views, self.options.standardize).flatten(0, 1)
+        outputs_AD = self.head(features_AD).to(self.head.weight.dtype)
         with torch.autocast(views.device.type, enabled=False):
             # A = views here, the anchors; N = views of all processes; D = dimension
             joined_ND = distributed.gather_with_gradient(outputs_AD)
@@ -106,6 +111,8 @@ class Objective(nn.Module):
             image_N = distributed.gather(index.flatten()).repeat_interleave(count)
             own = torch.arange(len(outputs_AD), device=index.device)
             own += distributed.rank() * len(outputs_AD)
+            if len(image_N) < 2 * count:
+                raise ValueError("one image has no negatives: give train.batch at least 2 of them")
             blocks = [
                 triplets(joined_ND, image_N, anchors, count, self.options)
                 for anchors in own.split(ANCHORS)
