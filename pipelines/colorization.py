@@ -60,11 +60,13 @@ def graph(
     encoded: DataNode, index: DataNode, options: Options, device: ops.Device
 ) -> dict[str, DataNode]:
     """Puts out `image` [S, S, 3] and `index` [1]."""
-    pixels = ops.decode(encoded, device)
     if options.crop == "whole":
+        pixels = ops.decode(encoded, device)
         image = ops.resized_crop(
             pixels, encoded, resize=options.resize, crop=options.image_size, keep_aspect=True
         )
     else:
-        image = ops.random_resized_crop(pixels, options.image_size, options.image_area)
+        image = ops.decoded_crop(
+            encoded, options.image_size, options.image_area, (3 / 4, 4 / 3), device
+        )
     return {"image": ops.random_flip(image, options.flip), "index": index}

@@ -52,6 +52,31 @@ def random_resized_crop(
     )
 
 
+def decoded_crop(
+    encoded: DataNode,
+    size: int,
+    area: Sequence[float],
+    aspect: Sequence[float],
+    device: Device,
+) -> DataNode:
+    """As `random_resized_crop` of the decoded image, but nothing else of it is decoded.
+
+    For graphs with one crop an image; two such cost more than decoding it whole once.
+    """
+    part = fn.decoders.image_random_crop(
+        encoded,
+        device="mixed" if device == "gpu" else "cpu",
+        output_type=DALIImageType.RGB,
+        random_area=list(area),
+        random_aspect_ratio=list(aspect),
+    )
+    resized = fn.resize(
+        part, size=[size, size], interp_type=DALIInterpType.INTERP_LINEAR, antialias=True
+    )
+    assert isinstance(resized, DataNode)  # one image in, one out
+    return resized
+
+
 def center_crop(image: DataNode, encoded: DataNode, resize: int, crop: int) -> DataNode:
     """The middle `crop` x `crop` of the image resized to a short side of `resize`.
 
@@ -148,11 +173,22 @@ def padded_crop(image: DataNode, encoded: DataNode, *, size: int, pad: int) -> D
     )
 
 
-def random_flip(image: DataNode, probability: float = 0.5) -> DataNode:
-    """Mirrors left and right with `probability`; one draw for all of the image or its patches."""
+def random_flip(
+    image: DataNode,
+    probability: float = 0.5,
+    device: Device = "cpu",
+    patches: int | None = None,
+) -> DataNode:
+    """Mirrors left and right with `probability`: an image, or with `patches` each on its own.
+
+    `device` is read with `patches` only.
+    """
     if probability == 0:
         return image
-    return fn.flip(image, horizontal=fn.random.coin_flip(probability=probability))
+    if patches is None:
+        return fn.flip(image, horizontal=fn.random.coin_flip(probability=probability))
+    mirrored = fn.flip(image, horizontal=1)  # takes no argument for each patch
+    return _some(image, mirrored, probability, device, patches)
 
 
 def quarter_turns(image: DataNode) -> DataNode:
@@ -240,15 +276,22 @@ def random_grayscale(
     """
     if probability == 0:
         return pixels
+    gray = fn.color_space_conversion(
+        pixels, image_type=DALIImageType.RGB, output_type=DALIImageType.GRAY
+    )
+    return _some(pixels, gray, probability, device, patches)
+
+
+def _some(
+    pixels: DataNode, changed: DataNode, probability: float, device: Device, patches: int | None
+) -> DataNode:
+    """`changed` in place of `pixels` with `probability`, in integers: exact, and cheap."""
     shape = [1, 1, 1] if patches is None else [patches, 1, 1, 1]
     coin = fn.random.coin_flip(
         probability=probability, shape=[patches or 1], dtype=DALIDataType.UINT8
     )
-    gray_here = on(fn.reshape(coin, shape=shape), device)
-    gray = fn.color_space_conversion(
-        pixels, image_type=DALIImageType.RGB, output_type=DALIImageType.GRAY
-    )
-    return pixels * (Constant(1).uint8() - gray_here) + gray * gray_here
+    here = on(fn.reshape(coin, shape=shape), device)
+    return pixels * (Constant(1).uint8() - here) + changed * here
 
 
 class Colors(Protocol):

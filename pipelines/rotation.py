@@ -123,11 +123,12 @@ def graph(
 
 def _augmented(encoded: DataNode, options: Options, device: ops.Device) -> DataNode:
     """The square image that is turned, `options.largest_crop` pixels a side."""
-    pixels, side = ops.decode(encoded, device), options.largest_crop
+    side = options.largest_crop
     if options.crop == "pad":
+        pixels = ops.decode(encoded, device)
         image = ops.padded_crop(pixels, encoded, size=side, pad=options.pad)
     else:
-        image = ops.random_resized_crop(pixels, side, options.image_area, options.aspect)
+        image = ops.decoded_crop(encoded, side, options.image_area, options.aspect, device)
     image = ops.random_flip(image, options.flip)
     return ops.random_colors(image, options, device)
 

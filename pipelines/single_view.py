@@ -52,9 +52,8 @@ def graph(
     encoded: DataNode, index: DataNode, options: Options, device: ops.Device
 ) -> dict[str, DataNode]:
     """Puts out `image` [S, S, 3] and `index` [1]."""
-    pixels = ops.decode(encoded, device)
-    image = ops.random_resized_crop(
-        pixels, options.image_size, options.image_area, options.image_aspect
+    image = ops.decoded_crop(
+        encoded, options.image_size, options.image_area, options.image_aspect, device
     )
     image = ops.random_flip(image, options.flip)
     return {"image": ops.random_colors(image, options, device), "index": index}

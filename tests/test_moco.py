@@ -107,6 +107,7 @@ def test_keys_all_alike_give_the_log_of_the_candidates():
     objective = build()
     row = normalize(torch.ones(5), dim=0)
     objective.queue.copy_(row)
+    objective.queue_images.fill_(99)
     nn.init.zeros_(last_layer(objective.key_head).weight)
     last_layer(objective.key_head).bias.data.copy_(row)
     loss, metrics = objective(**batch())
@@ -127,6 +128,10 @@ def test_accuracy_counts_the_queries_nearest_to_their_own_key():
     q, _ = embed(objective, inputs["query"], inputs["key"])
     objective.queue[0] = normalize(q[0].detach() + 1e-4, dim=0)
     objective.queue[1] = q[1].detach() * 2  # nearer than near: one query of four is wrong for sure
+    _, metrics = objective(**inputs)
+    assert metrics["accuracy"].item() == 1  # random directions, as the queue begins, do not count
+    assert metrics["chance"].item() == 1
+    objective.queue_images[:2] = 99
     _, metrics = objective(**inputs)
     assert metrics["accuracy"].item() <= 0.75
 

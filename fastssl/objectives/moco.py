@@ -117,7 +117,9 @@ class Objective(nn.Module):
 
         Returns:
             The mean loss of the batch, and: `accuracy`, the part of the queries nearer to their
-            own key than to all in the queue; `chance`, what accuracy would be by luck; `std`, the
+            own key than to all keys of images in the queue; `chance`, what accuracy would be by
+            luck (the random directions that the queue begins with do not count here: any key of
+            any image is nearer than those); `std`, the
             spread of the queries over the batch, about 1 when in all directions and 0 when
             collapsed; `agreement`, the mean cosine of query and key.
         """
@@ -136,11 +138,12 @@ class Objective(nn.Module):
         if self.training and torch.is_grad_enabled():  # not while only looking
             self.seen.append((index, key_BD))
         with torch.no_grad():
-            right_B = match_B > scores_BK.amax(1)
+            real_K = self.queue_images != NOBODY
+            right_B = match_B > scores_BK.masked_fill(~real_K, NO_SCORE).amax(1)
             spread_D = query_BD.std(0, correction=0)
             metrics = {
                 "accuracy": right_B.float().mean(),
-                "chance": torch.full((), 1 / (1 + options.queue), device=index.device),
+                "chance": 1 / (1 + real_K.sum()),
                 "std": options.dimension**0.5 * spread_D.mean().float(),
                 "agreement": (query_BD * key_BD).sum(1).mean().float(),
             }
