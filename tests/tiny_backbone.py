@@ -23,7 +23,7 @@ class Tiny(nn.Module):
 
     def stages(self, x: Tensor) -> dict[str, Tensor]:
         if x.dtype == torch.uint8:
-            x = (x.float() / 255 - 0.5) / 0.25
+            x = (x.to(self.first.weight.dtype) / 255 - 0.5) / 0.25
         first = self.norm(self.first(x)).relu()
         return {"first": first, "pool": self.second(first).relu().mean(dim=(2, 3))}
 
