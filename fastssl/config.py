@@ -49,7 +49,7 @@ class TrainOptions:
     log_steps: int = 50
     chance_steps: int = 2000  # warn if the pretext accuracy is still that of guessing after so many
     clip: float | None = None  # norm of the gradient
-    compile: bool = False
+    compile: bool = False  # the backbone's forward; colorization, which reads stages(), gains none
     sync_batchnorm: bool = False
     threads: int | None = None  # DALI's, a process; null: cores allowed / processes on this machine
     prefetch: int = 2  # batches made ahead

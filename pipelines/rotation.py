@@ -44,7 +44,8 @@ class Options:
     hue: float = 0.0  # of a full turn
     grayscale: float = 0.0  # probability
     turns: tuple[int, ...] = (0, 90, 180, 270)  # degrees counter-clockwise, multiples of 45. With
-    # an odd multiple among them images are cut larger, for corners to turn in, and resampled
+    # an odd multiple among them images are cut larger, for corners to turn in, and resampled: all
+    # alike, but for the direction of the old pixels, which such an accuracy may rest on in part
     copies: Literal["all", "one"] = "all"  # one: a single random turn, as VISSL
 
     def __post_init__(self) -> None:
