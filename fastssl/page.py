@@ -89,7 +89,7 @@ def columns(frames: dict[str, np.ndarray], labels: dict[str, np.ndarray]) -> lis
         count = pixels.shape[1]
         permutation = left.get("permutation")
         if permutation is not None and permutation.shape[1:] == (count,) and _is_square(count):
-            found += _jigsaw(name, pixels, left.pop("permutation"), left.get("order"))
+            found += _jigsaw(name, pixels, left.pop("permutation"), left)
         else:
             found.append(_pictures(name, pixels, under[name]))
         if {"pair", "label"} <= left.keys() and name == "patches":
@@ -158,9 +158,12 @@ def _pictures(name: str, pixels: np.ndarray, labels: dict[str, np.ndarray]) -> C
 
 
 def _jigsaw(
-    name: str, pixels: np.ndarray, permutation: np.ndarray, order: np.ndarray | None
+    name: str, pixels: np.ndarray, permutation: np.ndarray, others: dict[str, np.ndarray]
 ) -> list[Column]:
-    """Shuffled patches, the cells they were cut from, and the puzzle solved."""
+    """Shuffled patches, the cells they were cut from, and the puzzle solved.
+
+    Where the patches are in place and `others` has an `order`, the first order and its label.
+    """
     side = math.isqrt(pixels.shape[1])
     in_place = bool((permutation == np.arange(side * side)).all())
     cut = Column(
@@ -177,10 +180,23 @@ def _jigsaw(
         solved = solve(pixels, permutation)
         note = "each patch back in its cell"
         other = Column("solved", note, tuple(Cell(frames=x, across=side) for x in solved))
-    elif order is not None:
-        read = np.stack([each[first] for each, first in zip(pixels, order[:, 0], strict=True)])
-        note = f"{name} as the head joins them, the first of {order.shape[1]} orders"
-        other = Column("shuffled", note, tuple(Cell(frames=x, across=side) for x in read))
+    elif "order" in others:
+        order = others["order"]
+        note = (
+            f"{name} as the head joins them, the first of {order.shape[1]} orders, and that order: "
+            "the cell that each patch comes from"
+        )
+        cells = [
+            Cell(frames=each[first], across=side, numbers=first.reshape(side, side))
+            for each, first in zip(pixels, order[:, 0], strict=True)
+        ]
+        if "label" in others:
+            firsts = others["label"].reshape(len(cells), -1)[:, 0]
+            cells = [
+                replace(cell, lines=(f"label {first}",))
+                for cell, first in zip(cells, firsts, strict=True)
+            ]
+        other = Column("shuffled", note, tuple(cells))
     else:
         return [cut, table]
     return [cut, table, other]
@@ -226,7 +242,7 @@ def _inputs(inputs: list[np.ndarray], images: int) -> list[Column]:
             result.append(Column(name, "not the same number for every image", tuple(cells)))
         else:
             shown = _pictures(name, given.reshape(images, -1, *given.shape[1:]), {})
-            note = f"{shown.note}, denormalised by the backbone's mean and std"
+            note = f"{shown.note}, floats denormalised by one mean and std for all three colours"
             result.append(replace(shown, note=note))
     return result
 

@@ -4,7 +4,7 @@ A page is data (`Page`), which tests read; `draw` makes one image of it.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -17,7 +17,10 @@ WHITE, PALE, GRAY, BLACK = (255, 255, 255), (225, 225, 225), (105, 105, 105), (2
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """What a column shows of one image, from top to bottom; any part may be missing."""
+    """What a column shows of one image, from top to bottom; any part may be missing.
+
+    With numbers next to frames, what follows the frames stands beside them.
+    """
 
     frames: np.ndarray | None = None  # uint8 [F, h, w, 3]
     captions: tuple[str, ...] = ()  # one under each frame, or none at all
@@ -110,6 +113,9 @@ def _aligned(blocks: list[list[Image.Image]]) -> list[list[Image.Image]]:
 
 def _cell(cell: Cell, height: int) -> Image.Image:
     parts = []
+    if cell.frames is not None and cell.numbers is not None:
+        rest = _cell(replace(cell, frames=None, captions=()), height)
+        return _beside([_frames(cell, cell.frames, height), rest], 3 * GAP)
     if cell.frames is not None:
         parts.append(_frames(cell, cell.frames, height))
     if cell.numbers is not None:

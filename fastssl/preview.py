@@ -195,9 +195,13 @@ def _run_objective(
 
 
 def _denormalized(x: Tensor, normalization: Any) -> np.ndarray:
-    """A backbone's input as pixels: uint8 [N, h, w, 3]."""
+    """A backbone's input as pixels: uint8 [N, h, w, 3].
+
+    Floats are patches standardised each on their own: one mean and one deviation, the averages of
+    the backbone's over colours, bring them back to a range that can be shown and leave gray gray.
+    """
     if x.dtype != torch.uint8:
-        mean, std = (torch.tensor(each).reshape(3, 1, 1) for each in normalization)
+        mean, std = (float(np.mean(each)) for each in normalization)
         x = ((x.float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
     return x.movedim(1, -1).numpy().copy()
 

@@ -30,7 +30,8 @@ class Options:
     crop: int = 255  # a random part, cut into cells
     grid: int = 3  # cells a side
     patch: int = 64
-    gap: bool = True  # patches at a random place of their cell; False: in its middle
+    gap: int = 0  # least pixels between patches of neighbouring cells; K19: 0, so 0 ... 42 apart.
+    # All that a cell has to spare (85 - 64 = 21): each patch is the middle of its cell
     channel_shift: int = 0  # pixels; Noroozi's code: 2, each colour of each patch on its own
     flip: float = 0.0  # probability, of the whole image; VISSL: 0.5
     grayscale: float = 2 / 3  # probability; VISSL and K19's code: 0.66, Noroozi's code: 0.5
@@ -44,6 +45,8 @@ class Options:
     distance: Literal["mean", "min"] = "mean"  # what the set is greedy for, see permutations.py
     shuffle: Literal["features", "pixels"] = "features"  # pixels: Noroozi and VISSL
     per_image: int = 16  # orders an image (K19's supplement; their code: 8); 1 for pixels
+    orders_of: Literal["image", "batch"] = "image"  # each image draws its own (K19's supplement);
+    # batch: one draw a step for all images of a process (K19's code, jigsaw.py:47-59)
 
     def __post_init__(self) -> None:
         """Refuses a geometry that does not fit and orders that do not exist.
@@ -52,7 +55,11 @@ class Options:
             ValueError: says which numbers clash.
         """
         patch_grid.check_geometry(
-            crop=self.crop, grid=self.grid, patch=self.patch, channel_shift=self.channel_shift
+            crop=self.crop,
+            grid=self.grid,
+            patch=self.patch,
+            gap=self.gap,
+            channel_shift=self.channel_shift,
         )
         if self.crop > self.resize:
             raise ValueError(f"crop ({self.crop}) must fit in resize ({self.resize})")
@@ -65,6 +72,11 @@ class Options:
             raise ValueError(
                 f"per_image ({self.per_image}) must be 1 with shuffle 'pixels': patches can be put "
                 "in one order only"
+            )
+        if self.shuffle == "pixels" and self.orders_of == "batch":
+            raise ValueError(
+                "orders_of ('batch') must be 'image' with shuffle 'pixels': a step would have one "
+                "label only"
             )
         if not 1 <= self.per_image <= self.permutations:
             raise ValueError(
@@ -89,7 +101,8 @@ def graph(
 
     Patch k was cut from cell `permutation[k]`, counted row by row; joined in `order[n]`, the
     patches come in the order of the cells that the set's row `label[n]` lists:
-    permutation[order[n]] is that row. The N labels of an image differ.
+    permutation[order[n]] is that row. The N labels of an image differ; with orders_of "batch" all
+    images of a batch have the same.
     """
     cells = options.grid**2
     orders = ops.table(permutation_set(cells, options.permutations, options.distance))
@@ -103,6 +116,8 @@ def graph(
         permutation = fn.cast(ops.table(in_place), dtype=DALIDataType.INT64)
         cut_from = in_place
         label = _distinct_labels(options.permutations, options.per_image)
+        if options.orders_of == "batch":  # all images get what the first one drew
+            label = fn.permute_batch(label, indices=ops.table(np.array(0, np.int32)))
         rows = [orders[label[n]] for n in range(options.per_image)]
         order = fn.cast(fn.stack(*rows), dtype=DALIDataType.INT64)
 

@@ -18,7 +18,13 @@ from pipelines.permutations import permutation_set
 
 
 def check_geometry(
-    *, crop: int, grid: int, patch: int, channel_shift: int = 0, name: str = "crop"
+    *,
+    crop: int,
+    grid: int,
+    patch: int,
+    gap: int = 0,
+    channel_shift: int = 0,
+    name: str = "crop",
 ) -> None:
     """Refuses cells and patches that do not fit; all in pixels a side, `grid` in cells a side.
 
@@ -26,6 +32,7 @@ def check_geometry(
         crop: what is cut into cells.
         grid: cells a side.
         patch: cut out of each cell.
+        gap: least number of pixels between patches of neighbouring cells.
         channel_shift: room for the colours to be apart.
         name: of the option that `crop` is.
 
@@ -35,7 +42,7 @@ def check_geometry(
     limits.at_least(8, **{name: crop})
     limits.at_least(2, grid=grid)
     limits.at_least(4, patch=patch)
-    limits.at_least(0, channel_shift=channel_shift)
+    limits.at_least(0, gap=gap, channel_shift=channel_shift)
     if grid > 3:
         raise ValueError(f"grid ({grid}) must be 2 or 3: 4 x 4 cells have too many orders to list")
     if crop % grid:
@@ -44,10 +51,16 @@ def check_geometry(
             f"{name} ({crop}) must be a multiple of grid ({grid}): {near} or {near + grid}"
         )
     cell = crop // grid
-    if patch + channel_shift > cell:
-        shifted = f" + channel_shift ({channel_shift})" if channel_shift else ""
+    spare = cell - patch - channel_shift
+    shifted = f" + channel_shift ({channel_shift})" if channel_shift else ""
+    if spare < 0:
         raise ValueError(
             f"patch ({patch}){shifted} must fit in a cell ({cell} = {name} {crop} / grid {grid})"
+        )
+    if gap > spare:
+        raise ValueError(
+            f"gap ({gap}) must be at most {spare}, what patch ({patch}){shifted} leaves of a cell "
+            f"({cell} = {name} {crop} / grid {grid})"
         )
 
 
@@ -83,14 +96,15 @@ def cut_patches(
     crop: int,
     grid: int,
     patch: int,
-    gap: bool = True,
+    gap: int = 0,
     channel_shift: int = 0,
 ) -> DataNode:
     """One patch out of each of the listed cells: uint8 FHWC, F = `count`.
 
-    Patch k is cut from cell `cells[k]` (counted row by row), at an offset uniform in
-    0 ... crop / grid - patch - channel_shift in both directions. Order costs nothing: it only moves
-    where patches are cut.
+    Patch k is cut from cell `cells[k]` (counted row by row). A cell has spare = crop / grid - patch
+    - channel_shift pixels more than its patch; in both directions the offset is uniform in
+    gap // 2 ... spare - (gap - gap // 2). So patches of neighbouring cells lie gap ... 2 * spare -
+    gap pixels apart. Order costs nothing: it only moves where patches are cut.
 
     Args:
         image: uint8 HWC, `crop` pixels a side.
@@ -99,7 +113,7 @@ def cut_patches(
         crop: pixels a side of the image, a multiple of grid.
         grid: cells a side.
         patch: pixels a side.
-        gap: False takes the middle of each cell instead of a random place.
+        gap: 0 ... spare; with spare itself every patch is the middle of its cell.
         channel_shift: each colour of each patch lies its own 0 ... channel_shift pixels further
             down and right, which hides chromatic aberration (Noroozi & Favaro 2016; code: 2).
     """
@@ -113,7 +127,7 @@ def cut_patches(
         by_cell = ops.table(corners)
         corner = fn.stack(*[by_cell[cells[k]] for k in range(count)])
     spare = cell - patch - channel_shift
-    start = corner + (ops.integers(spare + 1, shape=[count, 2]) if gap else spare // 2)
+    start = corner + ops.integers(spare - gap + 1, shape=[count, 2]) + gap // 2
     if not channel_shift:
         cut = [_cut(image, start[k], patch) for k in range(count)]
         return fn.stack(*cut, axis=0, axis_name="F")

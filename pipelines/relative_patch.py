@@ -2,12 +2,11 @@
 
 The geometry is jigsaw's, as in Kolesnikov, Zhai & Beyer 2019 (arXiv:1901.09005, section 4): 292 x
 292, a random 255 x 255 of it, 3 x 3 cells of 85, patches of 64, gray with probability 2/3, and all
-8 pairs of an image. (Doersch cut one pair of patches of 96, 48 apart with a jitter of up to 7, from
-images of 150,000 to 450,000 pixels.)
+8 pairs of an image. Doersch cut one pair of patches of 96, 48 apart with a jitter of up to 7 for
+each, from images of 150,000 to 450,000 pixels: crop 432 (cells of 144), patch 96, gap 34.
 
-What a network could read instead of content, edges
-that run on and the lens's chromatic aberration, is hidden by the gap, by gray patches, and by three
-options of Doersch's and Noroozi's.
+What a network could read instead of content, edges that run on and the lens's chromatic aberration,
+is hidden by the gap, by gray patches, and by three options of Doersch's and Noroozi's.
 """
 
 from dataclasses import dataclass
@@ -35,7 +34,9 @@ class Options:
     # square (K19's code)
     crop: int = 255  # a random part, cut into 3 x 3 cells
     patch: int = 64
-    gap: bool = True  # patches at a random place of their cell; False: in its middle
+    gap: int = 0  # least pixels between patches of neighbouring cells; K19: 0, so 0 ... 42 apart.
+    # Doersch: 34 (... 62) with patches of 96 in a crop of 432. All that a cell has to spare
+    # (85 - 64 = 21): each patch is the middle of its cell
     flip: float = 0.0  # probability, of the whole image
     grayscale: float = 2 / 3  # probability; K19's code: 0.66
     grayscale_of: Literal["patch", "image"] = "patch"  # each patch on its own; K19's code: image
@@ -53,7 +54,11 @@ class Options:
             ValueError: says which numbers clash.
         """
         patch_grid.check_geometry(
-            crop=self.crop, grid=GRID, patch=self.patch, channel_shift=self.channel_shift
+            crop=self.crop,
+            grid=GRID,
+            patch=self.patch,
+            gap=self.gap,
+            channel_shift=self.channel_shift,
         )
         if self.crop > self.resize:
             raise ValueError(f"crop ({self.crop}) must fit in resize ({self.resize})")

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from fastssl.loader import Loader
 from fastssl.objectives import jigsaw as objective
 from pipelines import jigsaw
 from pipelines.permutations import permutation_set
+from pipelines.readers import folder
 from tests import tiny_backbone
 
 # Red counts columns, green counts rows: a pixel says where in the image it came from. Encoded
@@ -113,6 +115,58 @@ def test_the_orders_of_an_image_differ(count, run_graph, png_of):
     assert len(np.unique(np.sort(label, axis=1), axis=0)) > 20 or count >= 23
 
 
+def test_a_batch_shares_its_orders_and_the_next_one_has_others(run_graph, png_of):
+    out = outputs(run_graph, png_of(ramp()), runs=5, batch=8, orders_of="batch")
+    cells = cells_of(out["patches"])
+    joined = np.take_along_axis(cells[:, None], out["order"], axis=2)
+    label = out["label"].reshape(5, 8, 8)  # step, image, order
+
+    np.testing.assert_array_equal(joined, permutation_set(9, 24)[out["label"]])
+    np.testing.assert_array_equal(label, np.broadcast_to(label[:, :1], label.shape))
+    assert len({tuple(row) for row in label[:, 0].tolist()}) == 5
+    assert all(len(set(row)) == 8 for row in label[:, 0].tolist())
+    assert len(np.unique(places(out["patches"]).reshape(40, -1), axis=0)) == 40  # cut on their own
+
+
+def test_every_label_is_as_frequent_as_another_where_a_batch_shares_them(run_graph, png_of):
+    options: dict[str, Any] = {**TINY, "orders_of": "batch", "batch": 2, "per_image": 4}
+    label = outputs(run_graph, png_of(ramp(24, 24)), runs=400, **options)["label"][::2]
+    counts = np.bincount(label.ravel(), minlength=24)
+
+    assert len(counts) == 24
+    assert abs(counts - counts.mean()).max() < 5 * math.sqrt(counts.mean())
+
+
+@pytest.mark.parametrize("stop", [0, 3])
+def test_orders_that_a_batch_shares_are_resumed(stop, demo_images):
+    listed = folder.Options(root=str(demo_images / "val"), limit=60)
+    samples = folder.list_samples(listed, cache=None, say=lambda _: None)
+    options = jigsaw.Options(**{**BARE, "gap": 3, "orders_of": "batch"})
+
+    def loader(threads: int) -> Loader:
+        return Loader(
+            folder,
+            samples,
+            jigsaw,
+            options,
+            lambda step: samples.usable[8 * step : 8 * step + 8],
+            batch=8,
+            seed=1,
+            device=torch.device("cpu"),
+            threads=threads,
+        )
+
+    through, resumed = loader(2), loader(1)
+    for _ in range(stop):
+        next(through)
+    resumed.resume(through.state())
+    for _ in range(3):
+        one, other = next(through), next(resumed)
+
+        assert all(torch.equal(one[name], other[name]) for name in one)
+        assert (one["label"] == one["label"][0]).all()
+
+
 def test_any_two_labels_meet_in_some_image(run_graph, png_of):
     label = outputs(run_graph, png_of(ramp(24, 24)), runs=40, per_image=4, **TINY)["label"]
     together = np.zeros((24, 24), bool)
@@ -122,28 +176,47 @@ def test_any_two_labels_meet_in_some_image(run_graph, png_of):
     assert together.all()
 
 
-def test_offsets_are_uniform_over_all_that_fit(run_graph, png_of):
-    out = outputs(run_graph, png_of(ramp()), runs=8)
+@pytest.mark.parametrize(("gap", "first", "last"), [(0, 0, 8), (1, 0, 7), (4, 2, 6), (7, 3, 4)])
+def test_offsets_are_uniform_over_all_that_fit(gap, first, last, run_graph, png_of):
+    out = outputs(run_graph, png_of(ramp()), runs=8, gap=gap)
     place = places(out["patches"])
-    offset = place - place // 32 * 32
-    counts = np.bincount(offset.ravel(), minlength=9)
+    offset = place - place // 32 * 32  # 32 - 24 = 8 pixels to spare
+    values, counts = np.unique(offset, return_counts=True)
 
-    assert len(counts) == 9  # 0 ... 32 - 24
+    assert values.tolist() == list(range(first, last + 1))
     assert abs(counts - counts.mean()).max() < 5 * math.sqrt(counts.mean())
     whole = ramp()
     for (row, column), patch in zip(place[0], out["patches"][0], strict=True):
         np.testing.assert_array_equal(patch, whole[row : row + 24, column : column + 24])
 
 
-def test_patches_of_neighbouring_cells_never_overlap(run_graph, png_of):
-    grid = places(outputs(run_graph, png_of(ramp()), runs=2)["patches"]).reshape(-1, 3, 3, 2)
+def first_and_last(patches: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of patches of a ramp [images, 9, p, p, 3]: the least and greatest value, [images, 3, 3]."""
+    values = patches.reshape(-1, 3, 3, patches[0, 0].size).astype(int)
+    return values.min(axis=-1), values.max(axis=-1)
 
-    assert (grid[:, :, 1:, 1] - grid[:, :, :-1, 1] >= 24).all()
-    assert (grid[:, 1:, :, 0] - grid[:, :-1, :, 0] >= 24).all()
+
+@pytest.mark.parametrize("shift", [0, 2])
+@pytest.mark.parametrize("gap", [0, 1, 4])
+def test_patches_of_neighbouring_cells_never_touch_when_there_is_a_gap(
+    gap, shift, run_graph, png_of
+):
+    # every colour counts columns, or rows: so all that a patch shows of the image is read off it
+    columns, rows = (np.repeat(ramp()[..., [c]], 3, axis=2) for c in (0, 1))
+    options = {"gap": gap, "channel_shift": shift, "runs": 4}
+    left, right = first_and_last(outputs(run_graph, png_of(columns), **options)["patches"])
+    top, bottom = first_and_last(outputs(run_graph, png_of(rows), **options)["patches"])
+    beside = left[:, :, 1:] - right[:, :, :-1] - 1  # pixels that neither patch shows
+    below = top[:, 1:] - bottom[:, :-1] - 1
+
+    for between in (beside, below):
+        assert between.min() == gap
+        if not shift:
+            assert set(between.ravel()) == set(range(gap, 2 * 8 - gap + 1))
 
 
-def test_without_a_gap_patches_are_the_middle_of_their_cells(run_graph, png_of):
-    place = places(outputs(run_graph, png_of(ramp()), batch=4, gap=False)["patches"])
+def test_a_gap_of_all_that_a_cell_has_to_spare_fixes_the_middles(run_graph, png_of):
+    place = places(outputs(run_graph, png_of(ramp()), batch=4, gap=8)["patches"])
 
     np.testing.assert_array_equal(place, np.tile(place[0], (4, 1, 1)))
     np.testing.assert_array_equal(place[0] % 32, 4)
@@ -151,7 +224,7 @@ def test_without_a_gap_patches_are_the_middle_of_their_cells(run_graph, png_of):
 
 def test_the_crop_lies_anywhere_in_the_resized_image(run_graph, png_of):
     png = png_of(ramp(108, 108))
-    place = places(outputs(run_graph, png, runs=4, gap=False, resize=108)["patches"])
+    place = places(outputs(run_graph, png, runs=4, gap=8, resize=108)["patches"])
     start = place[:, 0] - 4  # of the crop
 
     for axis in (0, 1):
@@ -160,8 +233,8 @@ def test_the_crop_lies_anywhere_in_the_resized_image(run_graph, png_of):
 
 def test_the_aspect_is_kept_or_not(run_graph, png_of):
     wide = png_of(np.repeat(ramp(), 2, axis=1))  # 96 x 192, red counts every second column
-    squeezed = places(outputs(run_graph, wide, batch=16, gap=False)["patches"])
-    kept = places(outputs(run_graph, wide, batch=16, gap=False, keep_aspect=True)["patches"])
+    squeezed = places(outputs(run_graph, wide, batch=16, gap=8)["patches"])
+    kept = places(outputs(run_graph, wide, batch=16, gap=8, keep_aspect=True)["patches"])
 
     assert abs(squeezed[:, 2, 1] - squeezed[:, 0, 1] - 64).max() <= 1  # two cells on: the whole
     assert abs(kept[:, 2, 1] - kept[:, 0, 1] - 32).max() <= 1  # two cells on: half of the width
@@ -230,8 +303,10 @@ def test_one_seed_repeats_and_two_differ(run_graph, png_of):
         assert (first[name] != other[name]).any()
 
 
-def test_threads_and_prefetching_change_nothing(run_graph, png_of):
-    options = jigsaw.Options(**{**BARE, "grayscale": 0.5, "channel_shift": 1})
+@pytest.mark.parametrize("orders_of", ["image", "batch"])
+def test_threads_and_prefetching_change_nothing(orders_of, run_graph, png_of):
+    hard = {"grayscale": 0.5, "channel_shift": 1, "gap": 3, "orders_of": orders_of}
+    options = jigsaw.Options(**{**BARE, **hard})
     png = png_of(ramp(120, 100))
     one = run_graph(jigsaw, options, [png] * 8, runs=3, threads=1, prefetch=1)
     two = run_graph(jigsaw, options, [png] * 8, runs=3, threads=2, prefetch=3)
@@ -269,6 +344,19 @@ def test_sizes_are_as_asked(run_graph, png_of, size, grid):
         ({"patch": 2}, r"patch \(2\) must be at least 4"),
         ({"grid": 1}, r"grid \(1\) must be at least 2"),
         ({"grid": 4}, r"grid \(4\) must be 2 or 3"),
+        ({"gap": -1}, r"gap \(-1\) must be at least 0"),
+        (
+            {"gap": 22},
+            r"gap \(22\) must be at most 21, what patch \(64\) leaves of a cell \(85",
+        ),
+        (
+            {"gap": 20, "channel_shift": 2},
+            r"gap \(20\) must be at most 19, what patch \(64\) \+ channel_shift \(2\) leaves",
+        ),
+        (
+            {"shuffle": "pixels", "per_image": 1, "orders_of": "batch"},
+            r"orders_of \('batch'\) must be 'image' with shuffle 'pixels'",
+        ),
         ({"channel_shift": -1}, r"channel_shift \(-1\) must be at least 0"),
         ({"flip": 1.5}, r"flip \(1.5\) must be a probability"),
         ({"grayscale": -0.1}, r"grayscale \(-0.1\) must be a probability"),

@@ -115,7 +115,8 @@ def test_what_the_backbone_is_given_is_shown_where_the_graph_does_not_put_it_out
 
     assert any("given strip, as shown and what the last columns show" in x for x in shown.lines)
     assert len(inputs) == 3  # of five calls, two with pixels of the strip
-    assert (frames(inputs[0]) == 51).all()  # denormalised
+    # 51, normalised colour by colour, comes back by one mean and deviation
+    assert (frames(inputs[0]) == (43, 49, 62)).all()
     assert frames(inputs[1]).max() == 255  # clamped; given to a copy of the backbone
     assert inputs[2].cells[0].lines == ("3 x 24 x 24 pixels for 4 images",)
 
@@ -146,6 +147,34 @@ def test_patches_that_the_head_shuffles_are_shown_in_the_first_order_too():
     assert [each.name for each in shown] == ["patches", "permutation", "shuffled", "order", "label"]
     assert frames(shown[2])[0, :, 0, 0, 0].tolist() == [8, 0, 1, 2, 3, 4, 5, 6, 7]
     assert cells(shown[4]) == ["0 1 2", "3 4 5"]
+    # the order to be told, beside the puzzle: read row by row, and under its number
+    assert cells(shown[2]) == ["label 0", "label 3"]
+    np.testing.assert_array_equal(shown[2].cells[0].numbers, [[8, 0, 1], [2, 3, 4], [5, 6, 7]])
+    np.testing.assert_array_equal(shown[2].cells[1].numbers, order[1, 0].reshape(3, 3))
+    np.testing.assert_array_equal(frames(shown[2])[1, :, 0, 0, 0], patches[1, order[1, 0], 0, 0, 0])
+
+
+def test_the_first_order_of_patches_is_shown_where_there_is_no_label_either():
+    in_place = np.arange(9)[None]
+    shown = page.columns(
+        {"patches": np.zeros((1, 9, 4, 4, 3), np.uint8)},
+        {"permutation": in_place, "order": in_place[:, None, ::-1]},
+    )
+
+    assert shown[2].cells[0].lines == ()
+    assert shown[2].cells[0].numbers is not None
+
+
+def test_gray_patches_that_were_standardised_each_on_their_own_stay_gray(demo_images, checkout):
+    path = checkout / "recipes" / "jigsaw.yaml"
+    recipe = config.load(path, ["pipeline.grayscale=1", "data.limit=30"])
+    batch = preview.gather(recipe, images=2, seed=0, say=silent)
+    shown = column(page.page("jigsaw", batch), "backbone input")
+    pixels = frames(shown)
+
+    assert (pixels == pixels[..., :1]).all()
+    assert (pixels.std(axis=(2, 3, 4)) > 20).all()  # pictures all the same
+    assert shown.note.endswith("floats denormalised by one mean and std for all three colours")
 
 
 def test_a_pair_is_shown_with_the_direction_in_words_and_laid_out_around_its_centre():
@@ -207,6 +236,21 @@ def test_small_pictures_are_enlarged_by_whole_numbers_and_pixels_stay_as_they_ar
     starts = np.argwhere((drawn[: 1 - side, : 1 - side] == wanted[0, 0]).all(axis=-1))
 
     assert any((drawn[y : y + side, x : x + side] == wanted).all() for y, x in starts)
+
+
+def test_a_table_stands_beside_its_pictures_so_that_rows_stay_as_high():
+    pixels = np.zeros((9, 24, 24, 3), np.uint8)
+    numbers = np.arange(9).reshape(3, 3)
+    plain, table = (
+        pictures.draw(pictures.Page("title", (), (pictures.Column("patches", "", (cell,)),)))
+        for cell in (
+            pictures.Cell(frames=pixels, across=3),
+            pictures.Cell(frames=pixels, across=3, numbers=numbers, lines=("label 4",)),
+        )
+    )
+
+    assert table.height == plain.height
+    assert table.width > plain.width + 40
 
 
 def test_a_page_of_many_or_large_pictures_stays_within_its_width():

@@ -85,20 +85,38 @@ def test_one_pair_an_image_has_every_neighbour_as_often(run_graph, png_of):
 
 
 @pytest.mark.parametrize("pairs", ["all", "one"])
-def test_offsets_are_uniform_and_patches_never_overlap(pairs, run_graph, png_of):
-    out = outputs(run_graph, png_of(ramp()), runs=8, pairs=pairs)
+@pytest.mark.parametrize(("gap", "first", "last"), [(0, 0, 8), (3, 1, 6), (6, 3, 5)])
+def test_offsets_are_uniform_and_no_pair_touches_when_there_is_a_gap(
+    gap, first, last, pairs, run_graph, png_of
+):
+    out = outputs(run_graph, png_of(ramp()), runs=8, pairs=pairs, gap=gap)
     place = places(out["patches"])
-    counts = np.bincount((place % 32).ravel(), minlength=9)
+    values, counts = np.unique(place % 32, return_counts=True)
     images = np.arange(len(place))[:, None]
     apart = abs(place[images, out["pair"][..., 0]] - place[images, out["pair"][..., 1]])
+    straight = np.isin(out["label"], [1, 3, 4, 6])  # above, left, right, below
+    between = apart.max(axis=-1)[straight] - 24
 
-    assert len(counts) == 9  # 0 ... 32 - 24
+    assert values.tolist() == list(range(first, last + 1))
     assert abs(counts - counts.mean()).max() < 5 * math.sqrt(counts.mean())
-    assert (apart.max(axis=-1) >= 24).all()
+    assert (apart.max(axis=-1) >= 24 + gap).all()
+    # one of the two axes of a diagonal pair is apart, too; 32 - 24 = 8 pixels to spare
+    assert set(between) == set(range(gap, 2 * 8 - gap + 1))
 
 
-def test_without_a_gap_patches_are_the_middle_of_their_cells(run_graph, png_of):
-    place = places(outputs(run_graph, png_of(ramp()), batch=4, gap=False)["patches"])
+def test_doersch_s_patches_are_48_apart_with_a_jitter_of_7_each(run_graph, png_of):
+    coarse = ramp(216)  # every value stands for 2 pixels, so that 432 of them fit in a byte
+    doersch = {"resize": 432, "crop": 432, "patch": 96, "gap": 34}
+    exact = relative_patch.Options(**{**BARE, **doersch})
+    patches = run_graph(relative_patch, exact, [png_of(coarse)] * 32)["patches"]
+    offset = 2 * places(patches) - 144 * np.stack(np.divmod(np.arange(9), 3), axis=-1)
+
+    assert offset.min() in (24 - 8, 24 - 7, 24 - 6)  # enlarged: within a pixel
+    assert offset.max() in (24 + 6, 24 + 7, 24 + 8)
+
+
+def test_a_gap_of_all_that_a_cell_has_to_spare_fixes_the_middles(run_graph, png_of):
+    place = places(outputs(run_graph, png_of(ramp()), batch=4, gap=8)["patches"])
 
     np.testing.assert_array_equal(place % 32, 4)
 
@@ -146,7 +164,7 @@ def test_a_downsampled_patch_has_lost_its_detail_and_nothing_else(run_graph, png
     stripes = np.zeros((SIDE, SIDE, 3), np.uint8)
     stripes[::2] = 200  # a detail of one pixel,
     stripes[:, 48:] //= 2  # and a broad shape
-    out = outputs(run_graph, png_of(stripes), runs=4, downsample=1.0, gap=False)
+    out = outputs(run_graph, png_of(stripes), runs=4, downsample=1.0, gap=8)
     detail = out["patches"][:, 0, 1:].astype(float) - out["patches"][:, 0, :-1]
     left = abs(detail).mean(axis=(1, 2, 3)) / 200
 
@@ -179,7 +197,7 @@ def test_one_seed_repeats_and_two_differ(run_graph, png_of):
 
 
 def test_threads_and_prefetching_change_nothing(run_graph, png_of):
-    hard = {"grayscale": 0.5, "channel_shift": 1, "channel_drop": 0.5, "downsample": 0.5}
+    hard = {"grayscale": 0.5, "channel_shift": 1, "gap": 3, "channel_drop": 0.5, "downsample": 0.5}
     options = relative_patch.Options(**{**BARE, **hard})
     one = run_graph(relative_patch, options, [png_of(noise())] * 8, runs=3, threads=1, prefetch=1)
     two = run_graph(relative_patch, options, [png_of(noise())] * 8, runs=3, threads=2, prefetch=3)
@@ -206,6 +224,8 @@ def test_sizes_are_as_asked(run_graph, png_of, size, pairs):
         ({"patch": 90}, r"patch \(90\) must fit in a cell \(85 = crop 255 / grid 3\)"),
         ({"crop": 254}, r"crop \(254\) must be a multiple of grid \(3\): 252 or 255"),
         ({"resize": 200}, r"crop \(255\) must fit in resize \(200\)"),
+        ({"gap": -1}, r"gap \(-1\) must be at least 0"),
+        ({"gap": 22}, r"gap \(22\) must be at most 21, what patch \(64\) leaves of a cell \(85"),
         ({"flip": 2.0}, r"flip \(2.0\) must be a probability"),
         ({"grayscale": 1.1}, r"grayscale \(1.1\) must be a probability"),
         ({"channel_drop": 1.1}, r"channel_drop \(1.1\) must be a probability"),
