@@ -1,5 +1,6 @@
 """Previews: a picture of every recipe, with every output named and shown as it is."""
 
+import re
 import struct
 from pathlib import Path
 
@@ -317,3 +318,13 @@ def test_help_tells_what_it_is_for(capsys):
     assert end.value.code == 0
     assert "python -m fastssl.preview recipes/" in text
     assert "--images N" in text
+
+
+def test_the_pictures_in_the_readme_are_there_and_of_recipes():
+    folder = RECIPES[0].parent
+    readme = (folder.parent / "README.md").read_text(encoding="utf-8")
+    shown = set(re.findall(r"recipes/previews/(\w+)\.png", readme))
+
+    assert len(shown) >= 5
+    assert shown <= {recipe.stem for recipe in RECIPES}
+    assert all((folder / "previews" / f"{name}.png").is_file() for name in shown)
