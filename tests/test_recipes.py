@@ -1,4 +1,4 @@
-"""Every recipe runs as its head says, on the built-in images, for two steps."""
+"""Every recipe runs as its head says on the built-in images, and goes on where it was stopped."""
 
 import json
 import shutil
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fastssl import train
+from fastssl import journal, train
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 RECIPES = sorted(path.stem for path in (CHECKOUT / "recipes").glob("*.yaml"))
@@ -49,3 +49,22 @@ def test_a_recipe_trains_on_the_built_in_images(name, few, tmp_path):
     assert all({"accuracy", "chance"} <= set(line) for line in logged)
     assert [line["step"] for line in lines if "probe" in line] == [0, 2]
     assert (tmp_path / "run/backbone.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_stopped_half_way_goes_on_bit_for_bit(name, few, tmp_path):
+    given = [str(CHECKOUT / "recipes" / f"{name}.yaml"), "train.batch=16", "train.log_steps=1"]
+    given.append(f"probe.root={few}")
+    whole, half, rest = (tmp_path / each for each in ("whole", "half", "rest"))
+    assert train.main([*given, "train.steps=4", f"train.out={whole}"]) == 0
+    assert train.main([*given, "train.steps=2", f"train.out={half}"]) == 0
+    resumed = [f"train.out={rest}", f"train.resume={half}"]
+    assert train.main([*given, "train.steps=4", *resumed]) == 0
+    losses = {
+        folder: {line["step"]: line["loss"] for line in journal.read(folder) if "loss" in line}
+        for folder in (whole, rest)
+    }
+
+    assert [losses[rest][step] for step in (3, 4)] == [losses[whole][step] for step in (3, 4)]
+    weights = [(folder / "backbone.safetensors").read_bytes() for folder in (whole, rest)]
+    assert weights[0] == weights[1]
