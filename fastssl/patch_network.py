@@ -12,7 +12,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 Standardization = Literal["joint", "channel", "global"]
 
@@ -130,21 +129,6 @@ class Head(nn.Module):
         embedded = self.each(features.flatten(0, 1)).unflatten(0, features.shape[:2])
         images = torch.arange(len(order), device=order.device)[:, None, None]
         return self.classify(embedded[images, order].flatten(2).flatten(0, 1))
-
-
-def classification(logits: Tensor, label: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Mean cross-entropy of `logits` [M, classes], and the accuracy beside its chance level.
-
-    Args:
-        logits: [M, classes], of any floating type.
-        label: [M], int64.
-    """
-    with torch.autocast(logits.device.type, enabled=False):
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        loss = functional.cross_entropy(wide, label)
-    right = (logits.detach().argmax(1) == label).float().mean()
-    chance = torch.full((), 1 / logits.shape[1], device=logits.device)
-    return loss, {"accuracy": right, "chance": chance}
 
 
 @torch.no_grad()

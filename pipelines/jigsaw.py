@@ -61,9 +61,7 @@ class Options:
             gap=self.gap,
             channel_shift=self.channel_shift,
         )
-        if self.crop > self.resize:
-            raise ValueError(f"crop ({self.crop}) must fit in resize ({self.resize})")
-        limits.probabilities(flip=self.flip)
+        patch_grid.check_square(self)
         limits.colors(self)
         orders = patch_grid.orders_of(self.grid)
         if not 2 <= self.permutations <= orders:
@@ -121,16 +119,7 @@ def graph(
         rows = [orders[label[n]] for n in range(options.per_image)]
         order = fn.cast(fn.stack(*rows), dtype=DALIDataType.INT64)
 
-    image = ops.resized_crop(
-        ops.decode(encoded, device),
-        encoded,
-        resize=options.resize,
-        crop=options.crop,
-        keep_aspect=options.keep_aspect,
-    )
-    image = ops.random_flip(image, options.flip)
-    if options.grayscale_of == "image":
-        image = ops.random_grayscale(image, options.grayscale, device)
+    image = patch_grid.random_square(encoded, options, device)
     patches = patch_grid.cut_patches(
         image,
         cut_from,

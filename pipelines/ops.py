@@ -105,9 +105,8 @@ def resized_crop(
     resize: int,
     crop: int,
     keep_aspect: bool = False,
-    random: bool = True,
 ) -> DataNode:
-    """A square cut at whole pixels out of the resized image; bilinear with antialiasing.
+    """A random square cut at whole pixels out of the resized image; bilinear with antialiasing.
 
     Only the pixels of the crop are resampled. Its place is uniform over all that fit.
 
@@ -117,25 +116,19 @@ def resized_crop(
         resize: pixels a side of the resized image; with `keep_aspect` of its short side.
         crop: pixels a side, at most `resize`.
         keep_aspect: False: squeezed to a square, as K19's code does with 292.
-        random: False takes the middle (`center_crop`, where the aspect is kept).
     """
-    if keep_aspect and not random:
-        return center_crop(image, encoded, resize, crop)
     size = fn.peek_image_shape(encoded, dtype=DALIDataType.INT32)[0:2]  # upright, as decoded
     if keep_aspect:
         resized = size * resize // fn.reductions.min(size, axes=[0])
     else:
         resized = size * 0 + resize
     spare = resized - crop
-    if random:
-        drawn = fn.random.uniform(range=[0.0, 1.0], shape=[2])  # below 1, so that spare is the last
-        start = fn.cast(
-            math.floor(drawn * fn.cast(spare + 1, dtype=DALIDataType.FLOAT)),
-            dtype=DALIDataType.INT32,
-        )
-        start = math.min(start, spare)  # float32: 0.99999994 * 38 rounds up to 38
-    else:
-        start = spare // 2
+    drawn = fn.random.uniform(range=[0.0, 1.0], shape=[2])  # below 1, so that spare is the last
+    start = fn.cast(
+        math.floor(drawn * fn.cast(spare + 1, dtype=DALIDataType.FLOAT)),
+        dtype=DALIDataType.INT32,
+    )
+    start = math.min(start, spare)  # float32: 0.99999994 * 38 rounds up to 38
     return _resize_region(image, size, resized, start, crop)
 
 

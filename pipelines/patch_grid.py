@@ -7,6 +7,7 @@ from one to the next. (Noroozi & Favaro 2016 write 225 and cells of 75; their co
 """
 
 import math
+from typing import Protocol
 
 import numpy as np
 from nvidia.dali import fn
@@ -62,6 +63,49 @@ def check_geometry(
             f"gap ({gap}) must be at most {spare}, what patch ({patch}){shifted} leaves of a cell "
             f"({cell} = {name} {crop} / grid {grid})"
         )
+
+
+class Square(Protocol):
+    """How an image becomes the square that is cut into cells, as a graph's Options say it."""
+
+    @property
+    def resize(self) -> int: ...
+    @property
+    def crop(self) -> int: ...
+    @property
+    def keep_aspect(self) -> bool: ...
+    @property
+    def flip(self) -> float: ...
+    @property
+    def grayscale(self) -> float: ...
+    @property
+    def grayscale_of(self) -> str: ...
+
+
+def check_square(options: Square) -> None:
+    """Refuses a crop larger than what it is cut from, and what is no probability.
+
+    Raises:
+        ValueError: says which numbers.
+    """
+    if options.crop > options.resize:
+        raise ValueError(f"crop ({options.crop}) must fit in resize ({options.resize})")
+    limits.probabilities(flip=options.flip, grayscale=options.grayscale)
+
+
+def random_square(encoded: DataNode, options: Square, device: ops.Device) -> DataNode:
+    """Uint8 [crop, crop, 3]: resized, cut, mirrored; gray where grayscale is of the whole image."""
+    image = ops.resized_crop(
+        ops.decode(encoded, device),
+        encoded,
+        resize=options.resize,
+        crop=options.crop,
+        keep_aspect=options.keep_aspect,
+    )
+    image = ops.random_flip(image, options.flip)
+    if options.grayscale_of == "image":
+        image = ops.random_grayscale(image, options.grayscale, device)
+    return image
 
 
 def orders_of(grid: int) -> int:

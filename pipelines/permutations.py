@@ -11,6 +11,7 @@ import contextlib
 import math
 import os
 import tempfile
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -45,7 +46,7 @@ def permutation_set(
     if not 1 <= count <= orders:
         raise ValueError(f"permutations ({count}) must be in 1 ... {orders}")
     if is_quick(cells, count):
-        return _chosen(cells, count, distance)
+        return _chosen(cells, count, distance).copy()
     folder = cache_folder() if cache is None else cache
     kept = _read(folder, cells, distance)
     if kept is None or len(kept) < count:
@@ -87,6 +88,7 @@ def distances(orders: np.ndarray) -> tuple[float, int]:
     return cells - equal / (count * (count - 1)), least
 
 
+@lru_cache(maxsize=4)  # a run builds its graph three times: for names, rehearsal and loader
 def _chosen(cells: int, count: int, distance: Distance) -> np.ndarray:
     """The greedy choice: int32 [count, cells]."""
     columns = _shuffled(_all_orders(cells))

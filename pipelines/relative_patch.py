@@ -60,14 +60,8 @@ class Options:
             gap=self.gap,
             channel_shift=self.channel_shift,
         )
-        if self.crop > self.resize:
-            raise ValueError(f"crop ({self.crop}) must fit in resize ({self.resize})")
-        limits.probabilities(
-            flip=self.flip,
-            grayscale=self.grayscale,
-            channel_drop=self.channel_drop,
-            downsample=self.downsample,
-        )
+        patch_grid.check_square(self)
+        limits.probabilities(channel_drop=self.channel_drop, downsample=self.downsample)
 
     @property
     def largest_crop(self) -> int:
@@ -100,16 +94,7 @@ def graph(
         cells = ops.table(each_pair)[drawn]
         pair, label = ops.table(np.array([[0, 1]])), fn.reshape(drawn, shape=[1])
 
-    image = ops.resized_crop(
-        ops.decode(encoded, device),
-        encoded,
-        resize=options.resize,
-        crop=options.crop,
-        keep_aspect=options.keep_aspect,
-    )
-    image = ops.random_flip(image, options.flip)
-    if options.grayscale_of == "image":
-        image = ops.random_grayscale(image, options.grayscale, device)
+    image = patch_grid.random_square(encoded, options, device)
     patches = patch_grid.cut_patches(
         image,
         cells,

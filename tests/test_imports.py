@@ -16,8 +16,8 @@ FILES = sorted(
 MAY_IMPORT = {
     "pipelines": ("nvidia.dali", "numpy", "pipelines"),
     "fastssl/objectives": (
-        *("torch", "fastssl.distributed", "fastssl.lab", "fastssl.memory"),
-        "fastssl.patch_network",
+        *("torch", "fastssl.classification", "fastssl.distributed", "fastssl.lab"),
+        *("fastssl.memory", "fastssl.patch_network"),
     ),
     "fastssl/backbones": ("torch", "torchvision"),
 }

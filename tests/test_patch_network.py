@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastssl.patch_network import Head, classification, features_of, standardize
+from fastssl.classification import classification
+from fastssl.patch_network import Head, features_of, standardize
 
 
 def patches(count: int = 6, side: int = 10) -> Tensor:

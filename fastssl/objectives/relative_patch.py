@@ -9,7 +9,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from fastssl.patch_network import Head, check_head, classification, features_of
+from fastssl.classification import classification
+from fastssl.patch_network import Head, check_head, features_of
 
 
 @dataclass(frozen=True, kw_only=True)

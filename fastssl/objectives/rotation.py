@@ -5,9 +5,9 @@ Cross-entropy of a linear layer on the backbone's features, averaged over all tu
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional
+
+from fastssl.classification import classification
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,18 +59,7 @@ class Objective(nn.Module):
         """
         del angle, index
         # all copies of the batch in one call; a view, as flatten keeps channels-last memory
-        logits = self.head(self.backbone(turned.flatten(0, 1)))
-        target = label.flatten()
-        with torch.autocast(turned.device.type, enabled=False):
-            # not in half precision, where the head may have run
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            loss = functional.cross_entropy(logits, target)
-        with torch.no_grad():
-            metrics = {
-                "accuracy": (logits.argmax(1) == target).float().mean(),
-                "chance": torch.full((), 1 / self.head.out_features, device=target.device),
-            }
-        return loss, metrics
+        return classification(self.head(self.backbone(turned.flatten(0, 1))), label.flatten())
 
     def finish_step(self) -> None:
         """Nothing is kept from step to step."""

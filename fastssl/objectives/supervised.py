@@ -5,9 +5,9 @@ Cross-entropy of a linear head, set as in Goyal et al. 2017 (arXiv:1706.02677, s
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional
+
+from fastssl.classification import classification
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,22 +52,20 @@ class Objective(nn.Module):
         super().__init__()
         features = backbone.dim
         assert isinstance(features, int), "a backbone must offer dim, the length of its features"
-        rows = [] if labels is None else labels.tolist()
-        found = max(rows, default=-1) + 1
-        if found < 2:
+        found = 0 if labels is None or not len(labels) else int(labels.max()) + 1
+        if labels is None or found < 2:
             raise ValueError(
                 f"objective.use fastssl.objectives.supervised needs at least 2 classes, and the"
                 f" listing has {found}: data.root must hold a folder for each class"
                 " (root/<class>/<image>.jpg), and no image beside them"
             )
         self.options = options
-        self.classes = found
         self.backbone = backbone
         self.head = nn.Linear(features, found)
         nn.init.normal_(self.head.weight, std=0.01)  # section 5.1
         nn.init.zeros_(self.head.bias)
         # known from the files, so no part of a checkpoint
-        self.register_buffer("labels", torch.tensor(rows), persistent=False)
+        self.register_buffer("labels", labels, persistent=False)
 
     def forward(self, image: Tensor, index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Classify a batch.
@@ -81,19 +79,7 @@ class Objective(nn.Module):
             the highest score; `chance`, what accuracy would be by luck.
         """
         scores = self.head(self.backbone(image))
-        label = self.labels[index]
-        with torch.autocast(image.device.type, enabled=False):
-            loss = functional.cross_entropy(
-                scores.to(self.head.weight.dtype),
-                label,
-                label_smoothing=self.options.label_smoothing,
-            )
-        with torch.no_grad():
-            metrics = {
-                "accuracy": (scores.argmax(1) == label).float().mean(),
-                "chance": torch.full((), 1 / self.classes, device=index.device),
-            }
-        return loss, metrics
+        return classification(scores, self.labels[index], self.options.label_smoothing)
 
     def finish_step(self) -> None:
         """Nothing is kept between steps."""
