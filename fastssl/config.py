@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import yaml
 
-from fastssl import demo, optim, probe
+from fastssl import demo, loader, optim, probe
 from fastssl.recipe_check import Schema, check, make, schema_of_part, schema_of_settings
 from fastssl.recipe_text import (
     Entry,
@@ -51,13 +51,11 @@ class TrainOptions:
     clip: float | None = None  # norm of the gradient
     compile: bool = False  # the backbone's forward; colorization, which reads stages(), gains none
     sync_batchnorm: bool = False
-    threads: int | None = None  # DALI's, a process; null: cores allowed / processes on this machine
-    prefetch: int = 2  # batches made ahead
     trackers: tuple[str, ...] = ()  # Accelerate's: tensorboard, wandb, ...
 
     def __post_init__(self) -> None:
         counts = ("epochs", "steps", "batch", "accumulate", "checkpoint_steps", "keep", "log_steps")
-        for name in (*counts, "chance_steps", "threads", "prefetch"):
+        for name in (*counts, "chance_steps"):
             count = getattr(self, name)
             if count is not None and count < 1:
                 raise ValueError(f"{name} ({count}) must be at least 1")
@@ -77,13 +75,21 @@ PARTS = {
     "backbone": (("Options", "backbone"), "fastssl.backbones.resnet"),
     "objective": (("Options", "Objective"), "fastssl.objectives.pirl"),
 }
-SETTINGS = {"optim": optim.Options, "train": TrainOptions, "probe": probe.Options}
+SETTINGS = {
+    "loader": loader.Options,
+    "optim": optim.Options,
+    "train": TrainOptions,
+    "probe": probe.Options,
+}
 SECTIONS = (*PARTS, *SETTINGS)
+# Keys that a recipe of old may have, and what they are called now.
+MOVED = {"train.threads": "loader.threads", "train.prefetch": "loader.prefetch"}
 
 # What a resumed run may set anew: nothing here changes what is learnt.
 FREE_ON_RESUME = frozenset(
     [f"train.{key}" for key in ("out", "resume", "steps", "checkpoint_steps", "keep", "log_steps")]
-    + [f"train.{key}" for key in ("chance_steps", "threads", "prefetch", "trackers")]
+    + ["train.chance_steps", "train.trackers"]
+    + [f"loader.{key}" for key in ("threads", "prefetch", "hw_decoder_load")]
     + [f"probe.{field.name}" for field in fields(probe.Options)]
 )
 
@@ -108,6 +114,7 @@ class Recipe:
     evaluation: Part
     backbone: Part
     objective: Part
+    loader: loader.Options
     optim: optim.Options
     train: TrainOptions
     probe: probe.Options
@@ -125,6 +132,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     errors: list[str] = []
     recipe, demos = read_file(path, SECTIONS, errors)
     command = read_overrides(overrides, SECTIONS, errors)
+    _refuse_moved((recipe, demos, command), errors)
     on_demo = _settle_roots(path, recipe, demos, command, errors)
     made: dict[str, Any] = {}
     values: dict[str, dict[str, Any]] = {}
@@ -268,6 +276,16 @@ def _settle_roots(
             node = yaml.ScalarNode("tag:yaml.org,2002:str", str(folder), style="'")
             demos[section]["root"] = Entry(node, f"{path}: {section}.root", "demo")
     return on_demo
+
+
+def _refuse_moved(layers: Iterable[Layer], errors: list[str]) -> None:
+    """Takes the keys out that stood elsewhere once; their new place is added to `errors`."""
+    for layer in layers:
+        for old, new in MOVED.items():
+            section, _, key = old.partition(".")
+            entry = layer[section].pop(key, None)
+            if entry is not None:
+                errors.append(f"{entry.place}: unknown key; did you mean '{new}'?")
 
 
 def _schema(

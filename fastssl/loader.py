@@ -4,15 +4,20 @@ A `Loader` is endless and counts steps. What it gives at a step is a function of
 order plan, the seed and the files that turned out undecodable on the way: `state()` and `resume()`
 continue it bit for bit, random augmentations included. It is never given to `Accelerator.prepare`,
 which would pass it through without a word (it knows torch DataLoaders only).
+
+What a recipe may set of it is the section `loader`, Options below: how many threads, how far ahead,
+and by which means images are decoded. `python -m benchmarks tune RECIPE` measures what is best on a
+machine.
 """
 
 import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,6 +30,42 @@ REPLAY = 64
 
 class DataError(ValueError):
     """The images can't be read any more; the message is all that the user needs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How one process makes its batches; nothing of it changes what is learnt.
+
+    `decoder` and `region` give other pixels of the same distribution, so that a run which is
+    resumed keeps them. The rest gives the same batches at another speed.
+    """
+
+    threads: int | None = None  # of DALI, a process; null: cores allowed / processes on the machine
+    prefetch: int = 2  # batches made ahead: more even out images of uneven cost, and take memory
+    decoder: Literal["auto", "cpu"] = "auto"  # auto: the GPU decodes where there is one; cpu: the
+    # threads do, and pixels travel in place of bytes: for a GPU that training keeps busy
+    hw_decoder_load: float = 0.65  # part of the images that the GPU's JPEG engines take, where it
+    # has any (A100, H100, ...); its other units and the threads do the rest
+    region: bool = (
+        True  # decode no more of an image than its crop needs, where a graph has one crop
+    )
+
+    def __post_init__(self) -> None:
+        """Refuses what can't be.
+
+        Raises:
+            ValueError: says which value, and what to give.
+        """
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(
+                f"threads ({self.threads}) must be at least 1, or null for a share of the cores"
+            )
+        if self.prefetch < 1:
+            raise ValueError(f"prefetch ({self.prefetch}) must be at least 1")
+        if self.decoder not in ("auto", "cpu"):
+            raise ValueError(f"decoder ({self.decoder!r}) must be auto or cpu")
+        if not 0 <= self.hw_decoder_load <= 1:
+            raise ValueError(f"hw_decoder_load ({self.hw_decoder_load}) must be in 0 ... 1")
 
 
 class Loader:
@@ -46,8 +87,7 @@ class Loader:
         batch: int,
         seed: int,
         device: torch.device,
-        threads: int,
-        prefetch: int = 2,
+        loading: Options,
         say: Callable[[str], None] = print,
     ) -> None:
         """Nothing is read before the first batch.
@@ -61,8 +101,7 @@ class Loader:
             batch: images a step of this process.
             seed: of the augmentations; must differ between processes.
             device: where tensors are wanted; a CUDA device runs the graph on it.
-            threads: for decoding and the CPU part of the graph.
-            prefetch: batches made ahead.
+            loading: the recipe's section `loader`; without threads, all cores allowed are taken.
             say: told about files that can't be decoded.
         """
         self.step = 0
@@ -70,7 +109,7 @@ class Loader:
         self._reader, self._samples, self._rows = reader, samples, rows
         self._graph, self._options = graph, options
         self._batch, self._seed, self._device = batch, seed, device
-        self._threads, self._prefetch, self._say = threads, prefetch, say
+        self._loading, self._say = loading, say
         self._pipeline: Pipeline | None = None
         self._names: list[str] = []
         self._saved: tuple[int, bytes | None] = (0, None)  # a step and DALI's state after it
@@ -146,17 +185,17 @@ class Loader:
     ) -> tuple[list[str], Pipeline]:
         pipeline = Pipeline(
             batch_size=batch,
-            num_threads=self._threads,
+            num_threads=self._loading.threads or threads_per_process(1),
             device_id=_dali_device(self._device),  # pyright: ignore[reportArgumentType]  None: no GPU
             seed=self._seed,
-            prefetch_queue_depth=self._prefetch,
+            prefetch_queue_depth=self._loading.prefetch,
             enable_checkpointing=True,
             checkpoint=dali,
         )
         backend = "cpu" if self._device.type == "cpu" else "gpu"
         with pipeline:
-            encoded, index = self._reader.source(self._samples, rows)
-            outputs = self._graph.graph(encoded, index, self._options, backend)
+            image, index = self._reader.source(self._samples, rows, self._loading)
+            outputs = self._graph.graph(image, index, self._options, backend)
             # Labels travel with the pixels: a copy from here would be one more wait for the GPU.
             here = [node.gpu() if backend == "gpu" else node for node in outputs.values()]
             pipeline.set_outputs(*here)
@@ -207,9 +246,12 @@ class Loader:
             self._say(f"data: skipping {path} from now on: can't be decoded ({reason})")
 
     def _failures(self, rows: list[int]) -> dict[int, str]:
-        """The rows among `rows` that the graph can't be run on, with the reason in a line."""
+        """The rows among `rows` that the graph can't be run on, with the reason in a line.
+
+        A graph that can't even be built is no file's fault: that error goes on its way.
+        """
+        _, pipeline = self._build(lambda _: np.array(rows, np.int64), len(rows), None)
         try:
-            _, pipeline = self._build(lambda _: np.array(rows, np.int64), len(rows), None)
             pipeline.run()
         except RuntimeError as error:
             if len(rows) == 1:
@@ -223,8 +265,8 @@ def output_names(reader: ModuleType, samples: Any, graph: ModuleType, options: A
     """The names that a graph puts out, without reading a file or touching a device."""
     pipeline = Pipeline(batch_size=1, num_threads=1, device_id=None)  # pyright: ignore[reportArgumentType]  None: no GPU
     with pipeline:
-        encoded, index = reader.source(samples, lambda step: np.zeros(1, np.int64))
-        return list(graph.graph(encoded, index, options, "cpu"))
+        image, index = reader.source(samples, lambda step: np.zeros(1, np.int64), Options())
+        return list(graph.graph(image, index, options, "cpu"))
 
 
 def threads_per_process(processes_here: int) -> int:

@@ -12,6 +12,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from fastssl import config, demo, order, pictures
 from fastssl.config import Part, Recipe
-from fastssl.loader import Loader, output_names, threads_per_process
+from fastssl.loader import Loader, output_names
 from fastssl.page import Batch, page
 
 MOST_IMAGES = 64
@@ -136,8 +137,7 @@ def _run_graph(
         batch=len(rows),
         seed=seed,
         device=torch.device("cpu"),
-        threads=threads_per_process(1),
-        prefetch=1,
+        loading=replace(recipe.loader, prefetch=1),
         say=say,
     )
     return {name: tensor.clone() for name, tensor in next(loader).items()}

@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from fastssl import distributed, order
-from fastssl.loader import Loader
+from fastssl import distributed, loader, order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +63,7 @@ class Knn:
         graph: ModuleType,
         evaluation: Any,
         cache: Path,
-        threads: int,
+        loading: loader.Options,
         say: Callable[[str], None],
     ) -> None:
         """Lists `root`/train and `root`/val.
@@ -77,14 +76,14 @@ class Knn:
             graph: the evaluation graph's file.
             evaluation: its options.
             cache: where the reader keeps listings.
-            threads: of the loader.
+            loading: how batches are made.
             say: told what the user should know.
 
         Raises:
             ValueError: a split has no classes, or val has a class that train lacks.
         """
         self._reader, self._graph, self._evaluation = reader, graph, evaluation
-        self._options, self._threads, self._say = options, threads, say
+        self._options, self._loading, self._say = options, loading, say
         self._splits = {}
         for name in ("train", "val"):
             here = replace(data, root=str(root / name), limit=None)
@@ -148,7 +147,7 @@ class Knn:
         # A small split doesn't fill a whole batch: no more than its share.
         batch = min(options.batch, -(-len(usable) // world))
         plan = order.in_order(len(usable), rank, world, batch)
-        loader = Loader(
+        batches = loader.Loader(
             self._reader,
             samples,
             self._graph,
@@ -157,13 +156,13 @@ class Knn:
             batch=batch,
             seed=0,
             device=accelerator.device,
-            threads=self._threads,
+            loading=self._loading,
             say=self._say,
         )
         labels_of = torch.from_numpy(self._labels[split]).to(accelerator.device)
         features, labels, counts = [], [], []
         for step in range(len(plan)):
-            tensors = next(loader)
+            tensors = next(batches)
             with accelerator.autocast():
                 output = backbone(tensors["image"])
             feature_BD = F.normalize(output.float(), dim=1)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastssl.config import Part, RecipeError
-from fastssl.loader import DataError, Loader
+from fastssl.loader import DataError, Loader, Options
 
 TRIES = 8  # images, until one can be decoded
 
@@ -72,8 +72,7 @@ def _one_image(data: Part, samples: Any, pipeline: Part) -> dict[str, Tensor] | 
             batch=1,
             seed=0,
             device=torch.device("cpu"),
-            threads=1,
-            prefetch=1,
+            loading=Options(threads=1, prefetch=1),
             say=lambda text: None,
         )
         with contextlib.suppress(DataError):

@@ -17,6 +17,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ from fastssl.loader import DataError, Loader, output_names, threads_per_process
 from fastssl.rehearsal import rehearse
 
 STOPPED = 75  # EX_TEMPFAIL: try again
+WAITING = 0.2  # part of the time that the device waits for images, above which it is told
 COLLAPSED = 0.03  # std of the embeddings, where 1 is spread out and 0 a single point
 
 
@@ -148,7 +150,8 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
         "device": "cpu" if on_cpu else "gpu",
         "precision": precision,
     }
-    threads = options.threads or threads_per_process(_environment("LOCAL_WORLD_SIZE", 1))
+    threads = recipe.loader.threads or threads_per_process(_environment("LOCAL_WORLD_SIZE", 1))
+    loading = replace(recipe.loader, threads=threads)
     knn = None
     folder = probe.folder_of(recipe.probe, recipe.data.options)
     try:
@@ -162,7 +165,7 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
                     graph=recipe.evaluation.module,
                     evaluation=recipe.evaluation.options,
                     cache=demo.cache(),
-                    threads=threads,
+                    loading=loading,
                     say=say,
                 )
     except ValueError as error:
@@ -251,8 +254,7 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
         # Differs between processes, or all would crop alike; global rank, or all machines would.
         seed=_stream(options.seed, rank),
         device=device,
-        threads=threads,
-        prefetch=options.prefetch,
+        loading=loading,
         say=_say,
     )
 
@@ -364,7 +366,8 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
         measure()
     tensors: dict[str, Tensor] = {}
     began, begun_at = time.perf_counter(), step
-    collapsed = guessing = False
+    collapsed = guessing = waiting = False
+    settled = False  # the first line's batches were made while the run was starting
     while step < steps and not stop.agreed(control):
         lr = optim.learning_rate(
             recipe.optim,
@@ -412,6 +415,14 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
         log.log(step, line)
         images = options.batch * len(recent) / options.accumulate  # that the line is about
         recent.clear()
+        if settled and line["data_wait"] > WAITING and not waiting:
+            waiting = True
+            log.say(
+                f"warning: {line['data_wait']:.0%} of the time goes by in waiting for images: "
+                f"`python -m benchmarks stages {recipe.path}` (and this run's section.key=value) "
+                "tells what binds, `python -m benchmarks tune` finds faster settings of the loader"
+            )
+        settled = True
         if line.get("std", 1.0) < COLLAPSED and not collapsed:
             collapsed = True
             log.say(

@@ -6,8 +6,8 @@ A graph file offers
         __post_init__ for what cannot be; `largest_crop`, the pixels a side images are resized to;
         `classes`, how many values the output `label` takes, 0 where there is none
     graph(encoded, index, options, device) -> dict[str, DataNode]
-        from one encoded image (uint8 bytes, on the CPU) and its row in the listing (int64 [1]) to
-        named outputs, `index` among them
+        from one image as a reader gives it (`pipelines.images`) and its row in the listing (int64
+        [1]) to named outputs, `index` among them
 Outputs are uint8, HWC or (patches) FHWC, and int64 labels: floats and normalisation belong to the
 training device. `device` is "cpu" or "gpu", and the graph is the same: what differs is inside
 `pipelines.ops`. All randomness is drawn on the CPU side, so both backends draw the same. Every

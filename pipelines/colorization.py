@@ -10,6 +10,7 @@ from typing import Literal
 from nvidia.dali.data_node import DataNode
 
 from pipelines import limits, ops
+from pipelines.images import Device, Image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,17 +57,18 @@ class Options:
         return self.resize if self.crop == "whole" else self.image_size
 
 
-def graph(
-    encoded: DataNode, index: DataNode, options: Options, device: ops.Device
-) -> dict[str, DataNode]:
+def graph(encoded: Image, index: DataNode, options: Options, device: Device) -> dict[str, DataNode]:
     """Puts out `image` [S, S, 3] and `index` [1]."""
     if options.crop == "whole":
-        pixels = ops.decode(encoded, device)
         image = ops.resized_crop(
-            pixels, encoded, resize=options.resize, crop=options.image_size, keep_aspect=True
+            ops.decode(encoded, device),
+            resize=options.resize,
+            crop=options.image_size,
+            keep_aspect=True,
+            flip=options.flip,
         )
     else:
         image = ops.decoded_crop(
-            encoded, options.image_size, options.image_area, (3 / 4, 4 / 3), device
+            encoded, options.image_size, options.image_area, (3 / 4, 4 / 3), device, options.flip
         )
-    return {"image": ops.random_flip(image, options.flip), "index": index}
+    return {"image": image, "index": index}

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from nvidia.dali.data_node import DataNode
 
 from pipelines import ops
+from pipelines.images import Device, Image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +41,7 @@ class Options:
         return self.resize
 
 
-def graph(
-    encoded: DataNode, index: DataNode, options: Options, device: ops.Device
-) -> dict[str, DataNode]:
+def graph(encoded: Image, index: DataNode, options: Options, device: Device) -> dict[str, DataNode]:
     """Puts out `image` [crop, crop, 3] and `index` [1]."""
-    pixels = ops.decode(encoded, device)
-    return {"image": ops.center_crop(pixels, encoded, options.resize, options.crop), "index": index}
+    image = ops.center_crop(ops.decode(encoded, device), options.resize, options.crop)
+    return {"image": image, "index": index}

@@ -9,16 +9,17 @@ of its own. Here the image is the class, as in K19, and its one seed the square 
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import numpy as np
 from nvidia.dali import fn
 from nvidia.dali import math as dali_math
 from nvidia.dali.data_node import DataNode
-from nvidia.dali.types import DALIDataType, DALIInterpType
+from nvidia.dali.types import DALIDataType
 
 from pipelines import limits, ops
+from pipelines.images import Decoded, Device, Image
 
 # Mean colour (0 ... 255) and principal components (rows) of ImageNet's pixels, the ones that
 # AlexNet's colour changes are commonly done with. Dosovitskiy computes his own from his patches.
@@ -135,29 +136,30 @@ class Options:
         return min(1.0, seen * self.seed_patch)
 
 
-def graph(
-    encoded: DataNode, index: DataNode, options: Options, device: ops.Device
-) -> dict[str, DataNode]:
+def graph(encoded: Image, index: DataNode, options: Options, device: Device) -> dict[str, DataNode]:
     """Puts out `views` [K, S, S, 3], each drawn on its own, and `index` [1]."""
-    pixels = ops.decode(encoded, device)
+    decoded = ops.decode(encoded, device)
     if options.geometry == "crop":
         # one draw for all views: a gray view among coloured ones is another task
-        pixels = ops.random_grayscale(pixels, options.grayscale, device)
-        cut = [
-            ops.random_resized_crop(pixels, options.size, options.area, options.aspect)
+        pixels = ops.random_grayscale(decoded.pixels, options.grayscale, device)
+        decoded = replace(decoded, pixels=pixels)
+        views = ops.random_resized_crops(
+            decoded, options.views, options.size, options.area, options.aspect, options.flip
+        )
+    else:
+        region = ops.random_grayscale(_middle(decoded, options), options.grayscale, device)
+        warped = [
+            ops.random_flip(_warped(region, options, device), options.flip)
             for _ in range(options.views)
         ]
-    else:
-        region = ops.random_grayscale(_middle(pixels, encoded, options), options.grayscale, device)
-        cut = [_warped(region, options, device) for _ in range(options.views)]
-    cut = [ops.random_flip(view, options.flip) for view in cut]
-    views = fn.stack(*cut, axis=0, axis_name="F")
+        views = fn.stack(*warped, axis=0, axis_name="F")
     if options.components != (1.0, 1.0):
         views = _scale_components(views, options)
     if options.powers != (1.0, 1.0) or options.factors != (1.0, 1.0) or options.offsets != 0:
         views = _change_saturation_and_value(views, options, device)
     views = ops.color_jitter(
         views,
+        device,
         brightness=options.brightness,
         contrast=options.contrast,
         saturation=options.saturation,
@@ -167,33 +169,21 @@ def graph(
     return {"views": views, "index": index}
 
 
-def _middle(pixels: DataNode, encoded: DataNode, options: Options) -> DataNode:
+def _middle(image: Decoded, options: Options) -> DataNode:
     """The square that warps can see, at the resolution of the views: a seed is `size` pixels.
 
     Resized once with antialiasing, so that a warp, which has none, shrinks by the scale at most.
     """
-    pixel_sides = fn.cast(
-        fn.peek_image_shape(encoded, dtype=DALIDataType.INT32)[0:2], dtype=DALIDataType.FLOAT
-    )
-    half = fn.reductions.min(pixel_sides, axes=[0]) * (options.region / 2)
-    side = _region_pixels(options)
-    region = fn.resize(
-        pixels,
-        size=[side, side],
-        roi_start=pixel_sides / 2 - half,
-        roi_end=pixel_sides / 2 + half,
-        interp_type=DALIInterpType.INTERP_LINEAR,
-        antialias=True,
-    )
-    assert isinstance(region, DataNode)  # one image in, one out
-    return region
+    middle = fn.cast(image.size, dtype=DALIDataType.FLOAT) / 2
+    half = fn.reductions.min(middle, axes=[0]) * options.region
+    return ops.resize_region(image, _region_pixels(options), middle - half, middle + half)
 
 
 def _region_pixels(options: Options) -> int:
     return round(options.size * options.region / options.seed_patch)
 
 
-def _warped(region: DataNode, options: Options, device: ops.Device) -> DataNode:
+def _warped(region: DataNode, options: Options, device: Device) -> DataNode:
     """One view: the seed moved, scaled and turned; beyond the region its border goes on."""
     size, side = options.size, _region_pixels(options)
     seed = (
@@ -225,7 +215,7 @@ def _scale_components(views: DataNode, options: Options) -> DataNode:
     )
 
 
-def _change_saturation_and_value(views: DataNode, options: Options, device: ops.Device) -> DataNode:
+def _change_saturation_and_value(views: DataNode, options: Options, device: Device) -> DataNode:
     """Contrast 2: S and V of HSV each to a power, times a factor, plus an offset.
 
     With V the greatest channel, m the least and S = (V - m) / V, a channel is

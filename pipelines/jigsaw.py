@@ -17,6 +17,7 @@ from nvidia.dali.data_node import DataNode
 from nvidia.dali.types import DALIDataType
 
 from pipelines import limits, ops, patch_grid
+from pipelines.images import Device, Image
 from pipelines.permutations import permutation_set
 
 
@@ -92,9 +93,7 @@ class Options:
         return self.permutations
 
 
-def graph(
-    encoded: DataNode, index: DataNode, options: Options, device: ops.Device
-) -> dict[str, DataNode]:
+def graph(encoded: Image, index: DataNode, options: Options, device: Device) -> dict[str, DataNode]:
     """Puts out `patches` [9, p, p, 3], `permutation` [9], `order` [N, 9], `label` [N], `index` [1].
 
     Patch k was cut from cell `permutation[k]`, counted row by row; joined in `order[n]`, the
@@ -124,6 +123,7 @@ def graph(
         image,
         cut_from,
         cells,
+        device,
         crop=options.crop,
         grid=options.grid,
         patch=options.patch,
@@ -132,14 +132,14 @@ def graph(
     )
     patches = ops.color_jitter(
         patches,
+        device,
         brightness=options.brightness,
         contrast=options.contrast,
         saturation=options.saturation,
         hue=options.hue,
+        grayscale=options.grayscale if options.grayscale_of == "patch" else 0.0,
         patches=cells,
     )
-    if options.grayscale_of == "patch":
-        patches = ops.random_grayscale(patches, options.grayscale, device, cells)
 
     return {
         "patches": patches,

@@ -15,6 +15,7 @@ from nvidia.dali.data_node import DataNode
 from nvidia.dali.types import DALIDataType
 
 from pipelines import limits, ops
+from pipelines.images import Device, Image
 from pipelines.permutations import permutation_set
 
 
@@ -93,16 +94,15 @@ def check_square(options: Square) -> None:
     limits.probabilities(flip=options.flip, grayscale=options.grayscale)
 
 
-def random_square(encoded: DataNode, options: Square, device: ops.Device) -> DataNode:
+def random_square(encoded: Image, options: Square, device: Device) -> DataNode:
     """Uint8 [crop, crop, 3]: resized, cut, mirrored; gray where grayscale is of the whole image."""
     image = ops.resized_crop(
         ops.decode(encoded, device),
-        encoded,
         resize=options.resize,
         crop=options.crop,
         keep_aspect=options.keep_aspect,
+        flip=options.flip,
     )
-    image = ops.random_flip(image, options.flip)
     if options.grayscale_of == "image":
         image = ops.random_grayscale(image, options.grayscale, device)
     return image
@@ -136,6 +136,7 @@ def cut_patches(
     image: DataNode,
     cells: np.ndarray | DataNode,
     count: int,
+    device: Device,
     *,
     crop: int,
     grid: int,
@@ -154,6 +155,7 @@ def cut_patches(
         image: uint8 HWC, `crop` pixels a side.
         cells: int [count]: the same for every image, or drawn on the CPU.
         count: how many are listed.
+        device: where the image is.
         crop: pixels a side of the image, a multiple of grid.
         grid: cells a side.
         patch: pixels a side.
@@ -172,17 +174,9 @@ def cut_patches(
         corner = fn.stack(*[by_cell[cells[k]] for k in range(count)])
     spare = cell - patch - channel_shift
     start = corner + ops.integers(spare - gap + 1, shape=[count, 2]) + gap // 2
-    if not channel_shift:
-        cut = [_cut(image, start[k], patch) for k in range(count)]
-        return fn.stack(*cut, axis=0, axis_name="F")
-    planes = [image[:, :, color : color + 1] for color in range(3)]
-    shift = ops.integers(channel_shift + 1, shape=[count, 3, 2])
-    cut = [
-        fn.cat(*[_cut(planes[c], start[k] + shift[k, c], patch) for c in range(3)], axis=2)
-        for k in range(count)
-    ]
-    return fn.stack(*cut, axis=0, axis_name="F")
-
-
-def _cut(image: DataNode, start: DataNode, patch: int) -> DataNode:
-    return fn.slice(image, start=start, shape=[patch, patch], axes=[0, 1])
+    start = fn.reshape(start, shape=[count, 1, 2])
+    colors = 1
+    if channel_shift:
+        colors = 3
+        start = start + ops.integers(channel_shift + 1, shape=[count, 3, 2])
+    return ops.cut(image, patch, start, count, colors, device)

@@ -11,6 +11,7 @@ from typing import Literal
 from nvidia.dali.data_node import DataNode
 
 from pipelines import limits, ops, patch_grid
+from pipelines.images import Device, Image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,28 +65,31 @@ class Options:
         return max(self.image_size, self.patches_crop)
 
 
-def graph(
-    encoded: DataNode, index: DataNode, options: Options, device: ops.Device
-) -> dict[str, DataNode]:
+def graph(encoded: Image, index: DataNode, options: Options, device: Device) -> dict[str, DataNode]:
     """Puts out `image` [S, S, 3], `patches` [9, p, p, 3], `permutation` [9] and `index` [1].
 
     `permutation[k]` is the cell, counted row by row, that patch k was cut from.
     """
-    pixels = ops.decode(encoded, device)
+    decoded = ops.decode(encoded, device)
 
-    image = ops.random_resized_crop(pixels, options.image_size, options.image_area)
-    image = ops.random_flip(image, options.flip)
+    image = ops.random_resized_crop(
+        decoded, options.image_size, options.image_area, flip=options.flip
+    )
     image = ops.random_colors(image, options, device)
 
     cells = options.grid**2
     permutation = patch_grid.random_permutation(cells, options.permutations)
-    crop = ops.random_resized_crop(pixels, options.patches_crop, options.patches_area)
-    if options.flip_of == "crop":
-        crop = ops.random_flip(crop, options.flip)
+    crop = ops.random_resized_crop(
+        decoded,
+        options.patches_crop,
+        options.patches_area,
+        flip=options.flip if options.flip_of == "crop" else 0.0,
+    )
     patches = patch_grid.cut_patches(
         crop,
         permutation,
         cells,
+        device,
         crop=options.patches_crop,
         grid=options.grid,
         patch=options.patch,
@@ -95,7 +99,7 @@ def graph(
     return {"image": image, "patches": patches, "permutation": permutation, "index": index}
 
 
-def change_patches(patches: DataNode, options: Options, device: ops.Device) -> DataNode:
+def change_patches(patches: DataNode, options: Options, device: Device) -> DataNode:
     """What happens to each patch on its own: mirrored, other colours."""
     cells = options.grid**2
     if options.flip_of == "patch":

@@ -9,35 +9,39 @@ from nvidia.dali.data_node import DataNode
 from nvidia.dali.types import DALIDataType
 
 from pipelines import ops, patch_grid, pirl_jigsaw
+from pipelines.images import Device, Image
 
 Options = pirl_jigsaw.Options
 
 
-def graph(
-    encoded: DataNode, index: DataNode, options: Options, device: ops.Device
-) -> dict[str, DataNode]:
+def graph(encoded: Image, index: DataNode, options: Options, device: Device) -> dict[str, DataNode]:
     """Puts out `image` [S, S, 3], `patches` [9, p, p, 3], `permutation` [9], `angle`, `index` [1].
 
     `permutation[k]` is the cell, counted row by row in the turned crop, that patch k was cut from;
     `angle` counts degrees counter-clockwise.
     """
-    pixels = ops.decode(encoded, device)
+    decoded = ops.decode(encoded, device)
 
-    image = ops.random_resized_crop(pixels, options.image_size, options.image_area)
-    image = ops.random_flip(image, options.flip)
+    image = ops.random_resized_crop(
+        decoded, options.image_size, options.image_area, flip=options.flip
+    )
     image = ops.random_colors(image, options, device)
 
     cells = options.grid**2
     permutation = patch_grid.random_permutation(cells, options.permutations)
     turns = ops.integers(4, shape=[1])
-    crop = ops.random_resized_crop(pixels, options.patches_crop, options.patches_area)
-    if options.flip_of == "crop":
-        crop = ops.random_flip(crop, options.flip)
-    crop = ops.quarter_turn(crop, turns[0])
+    crop = ops.random_resized_crop(
+        decoded,
+        options.patches_crop,
+        options.patches_area,
+        flip=options.flip if options.flip_of == "crop" else 0.0,
+    )
+    crop = ops.quarter_turn(crop, turns[0], device)
     patches = patch_grid.cut_patches(
         crop,
         permutation,
         cells,
+        device,
         crop=options.patches_crop,
         grid=options.grid,
         patch=options.patch,

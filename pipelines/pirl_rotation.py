@@ -11,6 +11,7 @@ from nvidia.dali.data_node import DataNode
 from nvidia.dali.types import DALIDataType
 
 from pipelines import limits, ops
+from pipelines.images import Decoded, Device, Image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,25 +49,24 @@ class Options:
         return self.image_size
 
 
-def graph(
-    encoded: DataNode, index: DataNode, options: Options, device: ops.Device
-) -> dict[str, DataNode]:
+def graph(encoded: Image, index: DataNode, options: Options, device: Device) -> dict[str, DataNode]:
     """Puts out `image` and `turned` [S, S, 3], `angle` [1] and `index` [1].
 
     `angle` counts degrees counter-clockwise.
     """
-    pixels = ops.decode(encoded, device)
+    decoded = ops.decode(encoded, device)
     turns = ops.integers(4, shape=[1])
     return {
-        "image": _view(pixels, options, device),
-        "turned": ops.quarter_turn(_view(pixels, options, device), turns[0]),
+        "image": _view(decoded, options, device),
+        "turned": ops.quarter_turn(_view(decoded, options, device), turns[0], device),
         "angle": fn.cast(turns * 90, dtype=DALIDataType.INT64),
         "index": index,
     }
 
 
-def _view(pixels: DataNode, options: Options, device: ops.Device) -> DataNode:
+def _view(decoded: Decoded, options: Options, device: Device) -> DataNode:
     """A random part of the image in other colours."""
-    view = ops.random_resized_crop(pixels, options.image_size, options.image_area)
-    view = ops.random_flip(view, options.flip)
+    view = ops.random_resized_crop(
+        decoded, options.image_size, options.image_area, flip=options.flip
+    )
     return ops.random_colors(view, options, device)

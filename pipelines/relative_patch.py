@@ -18,6 +18,7 @@ from nvidia.dali.data_node import DataNode
 from nvidia.dali.types import Constant, DALIDataType, DALIInterpType
 
 from pipelines import limits, ops, patch_grid
+from pipelines.images import Device, Image
 
 GRID = 3  # cells a side
 CENTER = 4
@@ -74,9 +75,7 @@ class Options:
         return len(NEIGHBORS)
 
 
-def graph(
-    encoded: DataNode, index: DataNode, options: Options, device: ops.Device
-) -> dict[str, DataNode]:
+def graph(encoded: Image, index: DataNode, options: Options, device: Device) -> dict[str, DataNode]:
     """Puts out `patches` [F, p, p, 3], `pair` [N, 2], `label` [N] and `index` [1].
 
     `pair[n]` are the positions in `patches` of a neighbour and of the centre; `label[n]` is the
@@ -99,6 +98,7 @@ def graph(
         image,
         cells,
         count,
+        device,
         crop=options.crop,
         grid=GRID,
         patch=options.patch,
@@ -118,7 +118,7 @@ def graph(
     }
 
 
-def _drop_channels(patches: DataNode, options: Options, device: ops.Device, count: int) -> DataNode:
+def _drop_channels(patches: DataNode, options: Options, device: Device, count: int) -> DataNode:
     """Leaves one colour of a patch and puts noise about mid-gray for the two others, at random."""
     if options.channel_drop == 0:
         return patches

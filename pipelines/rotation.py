@@ -13,6 +13,7 @@ from nvidia.dali.data_node import DataNode
 from nvidia.dali.types import DALIDataType, DALIInterpType
 
 from pipelines import limits, ops
+from pipelines.images import Device, Image
 
 # Turned by 45 degrees, an image has to be resampled, which blurs it by an amount that depends on
 # where between the old pixels a new one falls. A network would tell by the blur alone, so that with
@@ -94,9 +95,7 @@ class Options:
         return math.ceil(STEP[1] * math.sqrt(2) * self.image_size) + 2
 
 
-def graph(
-    encoded: DataNode, index: DataNode, options: Options, device: ops.Device
-) -> dict[str, DataNode]:
+def graph(encoded: Image, index: DataNode, options: Options, device: Device) -> dict[str, DataNode]:
     """Puts out `turned` [F, S, S, 3], `angle` [F], `label` [F] and `index` [1].
 
     F is the number of turns, or 1. `angle` counts degrees counter-clockwise, `label` is its
@@ -109,11 +108,12 @@ def graph(
         angle = ops.table(angles)[label[0]]
         if options.slanted:
             image = _resampled(image, angle // 45 % 2, options)
-        turned = fn.stack(ops.quarter_turn(image, angle // 90), axis=0, axis_name="F")
+        turned = ops.quarter_turn(image, angle // 90, device)
+        turned = fn.expand_dims(turned, axes=[0], new_axis_names="F")
         angle = fn.reshape(angle, shape=[1])
     else:
         label, angle = ops.table(np.arange(len(angles), dtype=np.int32)), ops.table(angles)
-        turned = _every_turn(image, options)
+        turned = _every_turn(image, options, device)
     return {
         "turned": turned,
         "angle": fn.cast(angle, dtype=DALIDataType.INT64),
@@ -122,25 +122,28 @@ def graph(
     }
 
 
-def _augmented(encoded: DataNode, options: Options, device: ops.Device) -> DataNode:
+def _augmented(encoded: Image, options: Options, device: Device) -> DataNode:
     """The square image that is turned, `options.largest_crop` pixels a side."""
     side = options.largest_crop
     if options.crop == "pad":
-        pixels = ops.decode(encoded, device)
-        image = ops.padded_crop(pixels, encoded, size=side, pad=options.pad)
+        image = ops.padded_crop(ops.decode(encoded, device), size=side, pad=options.pad)
+        image = ops.random_flip(image, options.flip)
     else:
-        image = ops.decoded_crop(encoded, side, options.image_area, options.aspect, device)
-    image = ops.random_flip(image, options.flip)
+        image = ops.decoded_crop(
+            encoded, side, options.image_area, options.aspect, device, options.flip
+        )
     return ops.random_colors(image, options, device)
 
 
-def _every_turn(image: DataNode, options: Options) -> DataNode:
+def _every_turn(image: DataNode, options: Options, device: Device) -> DataNode:
     """The copies of `image` in the order of the turns, [F, S, S, 3]."""
     if not options.slanted:
-        straight = slanted = ops.quarter_turns(image)
+        straight = slanted = ops.quarter_turns(image, device)
     else:
         straight, slanted = (
-            ops.quarter_turns(_resampled(image, ops.table(np.array([k], np.int32))[0], options))
+            ops.quarter_turns(
+                _resampled(image, ops.table(np.array([k], np.int32))[0], options), device
+            )
             for k in (0, 1)
         )
     if options.turns == (0, 90, 180, 270):

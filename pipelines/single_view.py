@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from nvidia.dali.data_node import DataNode
 
 from pipelines import limits, ops
+from pipelines.images import Device, Image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,12 +49,9 @@ class Options:
         return self.image_size
 
 
-def graph(
-    encoded: DataNode, index: DataNode, options: Options, device: ops.Device
-) -> dict[str, DataNode]:
+def graph(encoded: Image, index: DataNode, options: Options, device: Device) -> dict[str, DataNode]:
     """Puts out `image` [S, S, 3] and `index` [1]."""
     image = ops.decoded_crop(
-        encoded, options.image_size, options.image_area, options.image_aspect, device
+        encoded, options.image_size, options.image_area, options.image_aspect, device, options.flip
     )
-    image = ops.random_flip(image, options.flip)
     return {"image": ops.random_colors(image, options, device), "index": index}

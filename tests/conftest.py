@@ -14,7 +14,8 @@ from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.types import DALIDataType
 from PIL import Image
 
-from fastssl import demo
+from fastssl import demo, loader
+from pipelines.images import Encoded
 
 
 @pytest.fixture(scope="session")
@@ -60,7 +61,7 @@ def run_graph() -> Callable[..., dict[str, np.ndarray]]:
                 dtype=[DALIDataType.UINT8, DALIDataType.INT64],
                 ndim=[1, 1],
             )
-            outputs = module.graph(source, index, options, "cpu")
+            outputs = module.graph(Encoded(source, loader.Options()), index, options, "cpu")
             pipeline.set_outputs(*outputs.values())
         batches = [[np.asarray(each.as_tensor()) for each in pipeline.run()] for _ in range(runs)]
         together = [np.concatenate(same) for same in zip(*batches, strict=True)]

@@ -203,21 +203,24 @@ def test_the_recipe_as_run_loads_as_the_same_recipe(path: Path, overrides: list[
 
 
 def test_differences_name_the_key_and_both_values():
-    there = {"optim": {"lr": 0.1, "name": "sgd"}, "train": {"out": "a", "threads": None}}
-    here = {"optim": {"lr": 0.2, "name": "sgd"}, "train": {"out": "b", "seed": 1, "threads": 2}}
+    there = {"optim": {"lr": 0.1, "name": "sgd"}, "train": {"out": "a", "keep": None}}
+    here = {"optim": {"lr": 0.2, "name": "sgd"}, "train": {"out": "b", "seed": 1, "keep": 2}}
 
     assert config.differences(there, there) == []
     assert config.differences(there, here, config.FREE_ON_RESUME) == [
         "optim.lr: 0.1 there, 0.2 here",
         "train.seed: missing there, 1 here",
     ]
-    assert "train.threads: null there, 2 here" in config.differences(there, here)
+    assert "train.keep: null there, 2 here" in config.differences(there, here)
 
 
 def test_keys_that_are_free_on_resume_exist(path: Path):
     sources = config.load(path).sources
 
-    assert set(sources) > config.FREE_ON_RESUME > {"probe.every_epochs", "train.out"}
+    free = config.FREE_ON_RESUME
+    assert set(sources) > free > {"probe.every_epochs", "train.out"}
+    assert {"loader.threads", "loader.prefetch", "loader.hw_decoder_load"} < free
+    assert not free & {"loader.decoder", "loader.region"}
 
 
 def test_the_listing_shows_value_and_source_of_every_key(path: Path, capsys):
@@ -361,6 +364,32 @@ def test_a_wrong_type_says_what_to_write(path: Path, written: str, said: str):
         ("demo:", "looks: {}\ndemo:", "looks: unknown section; known: data, pipeline, evaluation,"),
         ("size: 40", "size: 80", "pipeline: size (80.0) must fit in a cell"),
         ("grid: 2", "grid: 0", "pipeline: division by zero"),
+        (
+            "demo:",
+            "loader: {threads: 0}\ndemo:",
+            "loader: threads (0) must be at least 1, or null for a share of the cores",
+        ),
+        ("demo:", "loader: {prefetch: 0}\ndemo:", "loader: prefetch (0) must be at least 1"),
+        (
+            "demo:",
+            "loader: {hw_decoder_load: 1.5}\ndemo:",
+            "loader: hw_decoder_load (1.5) must be in 0 ... 1",
+        ),
+        (
+            "demo:",
+            "loader: {decoder: gpu}\ndemo:",
+            "loader.decoder: expected one of 'auto', 'cpu', got 'gpu'",
+        ),
+        (
+            "batch: 1024",
+            "batch: 1024, threads: 4",
+            "train.threads: unknown key; did you mean 'loader.threads'?",
+        ),
+        (
+            "train: {epochs: 4}",
+            "train: {prefetch: 4}",
+            "demo.train.prefetch: unknown key; did you mean 'loader.prefetch'?",
+        ),
         ("batch: 1024", "batch: 0", "train: batch (0) must be at least 1"),
         ("batch: 1024", "batch: 1, clip: 0", "train: clip (0.0) must be above 0, or null for none"),
         ("batch: 1024", "batch: 1, seed: -1", "train: seed (-1) must be in 0 ... 2147483647"),
@@ -474,6 +503,8 @@ def test_a_module_that_fails_inside_is_not_called_missing(
             "demo.train.epochs=1",
             "demo.train.epochs: only a file has a demo section; write for example",
         ),
+        ("train.threads=4", "train.threads: unknown key; did you mean 'loader.threads'?"),
+        ("loader.threads=0", "loader: threads (0) must be at least 1, or null for a share"),
         ("train.epochs=0", "train: epochs (0) must be at least 1"),
         ("train.out=a #b", "train.out: of 'a #b' YAML reads 'a'; write 'a #b' in quotes"),
         ("train.out=#b", "train.out: of '#b' YAML reads nothing; write '#b' in quotes"),

@@ -15,6 +15,7 @@ from nvidia.dali import fn
 from nvidia.dali.pipeline import Pipeline
 from PIL import Image
 
+from fastssl import loader
 from pipelines.readers import folder
 
 
@@ -483,9 +484,9 @@ def make_pipeline() -> MakePipeline:
             checkpoint=checkpoint,
         )
         with pipeline:
-            encoded, index = folder.source(samples, rows)
+            image, index = folder.source(samples, rows, loader.Options())
             drawn = fn.random.uniform(range=[0.0, 1.0])
-            pipeline.set_outputs(encoded, index, drawn)
+            pipeline.set_outputs(image.data, index, drawn)
         pipeline.build()
         return pipeline
 

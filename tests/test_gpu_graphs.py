@@ -14,7 +14,8 @@ from nvidia.dali.external_source import ExternalSource
 from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.types import DALIDataType
 
-from fastssl import config
+from fastssl import config, loader
+from pipelines.images import Encoded
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 GRAPHS = sorted(
@@ -35,7 +36,7 @@ def on_the_gpu(graph, options) -> Pipeline:
             dtype=[DALIDataType.UINT8, DALIDataType.INT64],
             ndim=[1, 1],
         )
-        outputs = graph(encoded, index, options, "gpu")
+        outputs = graph(Encoded(encoded, loader.Options()), index, options, "gpu")
         pipeline.set_outputs(*outputs.values())
     pipeline.serialize()
     return pipeline
@@ -84,6 +85,6 @@ def test_every_operator_of_a_recipe_s_graph_has_a_kernel_on_the_gpu(name, overri
 
 def test_an_operator_without_a_gpu_kernel_is_noticed():
     def peeks(encoded, index, options, device):
-        return {"shape": fn.peek_image_shape(encoded.gpu()), "index": index}
+        return {"shape": fn.peek_image_shape(encoded.data.gpu()), "index": index}
 
     assert without_kernel(on_the_gpu(peeks, None)) == [("PeekImageShape", "gpu")]

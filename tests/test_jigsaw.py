@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastssl.loader import Loader
+from fastssl.loader import Loader, Options
 from fastssl.objectives import jigsaw as objective
 from pipelines import jigsaw
 from pipelines.permutations import permutation_set
@@ -153,7 +153,7 @@ def test_orders_that_a_batch_shares_are_resumed(stop, demo_images):
             batch=8,
             seed=1,
             device=torch.device("cpu"),
-            threads=threads,
+            loading=Options(threads=threads),
         )
 
     through, resumed = loader(2), loader(1)

@@ -1,19 +1,22 @@
 """The loader: zero-copy channels-last batches, exact state, files that fail while training."""
 
+import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from fastssl import order
-from fastssl.loader import DataError, Loader, output_names, threads_per_process
-from pipelines import evaluation, pirl_jigsaw
+from fastssl.loader import DataError, Loader, Options, output_names, threads_per_process
+from pipelines import evaluation, pirl_jigsaw, single_view
 from pipelines.readers import folder
 
 COUNT = 40
 SMALL = pirl_jigsaw.Options(image_size=32, patches_crop=48, patch=12)
+SINGLE = single_view.Options(image_size=32)
 
 
 @pytest.fixture
@@ -31,7 +34,7 @@ def listing(root: Path) -> folder.Samples:
     return folder.list_samples(folder.Options(root=str(root)), cache=None, say=lambda _: None)
 
 
-def loader(samples, *, batch=8, seed=1, graph=(pirl_jigsaw, SMALL), said=None, **arguments):
+def loader(samples, *, batch=8, seed=1, graph=(pirl_jigsaw, SMALL), said=None, **loading):
     usable = samples.usable
     steps = order.steps_per_epoch(len(usable), 1, batch)
 
@@ -48,7 +51,8 @@ def loader(samples, *, batch=8, seed=1, graph=(pirl_jigsaw, SMALL), said=None, *
         batch=batch,
         seed=seed,
         device=torch.device("cpu"),
-        **{"threads": 2, "say": (said if said is not None else []).append, **arguments},
+        loading=Options(**{"threads": 2, **loading}),
+        say=(said if said is not None else []).append,
     )
 
 
@@ -192,6 +196,19 @@ def test_a_folder_that_vanishes_while_training_is_an_error_that_names_it(images)
         take(batches, 20)
 
 
+def test_a_graph_that_can_not_be_built_is_no_files_fault(images):
+    def refuse(image, index, options, device):
+        raise RuntimeError("no such decoder here")
+
+    said = []
+    batches = loader(listing(images), graph=(SimpleNamespace(graph=refuse), None), said=said)
+
+    with pytest.raises(RuntimeError, match="no such decoder here"):
+        next(batches)
+    assert said == []
+    assert batches.skipped == {}
+
+
 def test_the_names_a_graph_puts_out_are_known_without_running_it(images):
     names = output_names(folder, listing(images), pirl_jigsaw, SMALL)
 
@@ -204,6 +221,47 @@ def test_waiting_is_counted_once(images):
 
     assert batches.data_wait() > 0
     assert batches.data_wait() == 0
+
+
+@pytest.mark.parametrize("graph", [(pirl_jigsaw, SMALL), (single_view, SINGLE)])
+def test_threads_and_prefetching_change_no_pixel(images, graph):
+    samples = listing(images)
+    one = take(loader(samples, graph=graph, threads=1, prefetch=1), 3)
+
+    assert_same(one, take(loader(samples, graph=graph, threads=3, prefetch=4), 3))
+
+
+@pytest.mark.parametrize("region", [True, False])
+@pytest.mark.parametrize("decoder", ["auto", "cpu"])
+def test_every_way_to_decode_is_resumed_exactly(images, decoder, region):
+    samples, graph = listing(images), (single_view, SINGLE)
+    through = loader(samples, graph=graph, decoder=decoder, region=region)
+    first = take(through, 3)
+    resumed = loader(samples, graph=graph, decoder=decoder, region=region)
+    resumed.resume(through.state())
+
+    assert first[0]["image"].shape == (8, 3, 32, 32)
+    assert_same(take(resumed, 3), take(through, 3))
+
+
+def test_without_threads_all_cores_allowed_are_taken(images):
+    samples = listing(images)
+
+    assert_same(take(loader(samples, threads=None), 2), take(loader(samples), 2))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"threads": 0}, "threads (0) must be at least 1, or null for a share of the cores"),
+        ({"prefetch": -1}, "prefetch (-1) must be at least 1"),
+        ({"decoder": "gpu"}, "decoder ('gpu') must be auto or cpu"),
+        ({"hw_decoder_load": -0.1}, "hw_decoder_load (-0.1) must be in 0 ... 1"),
+    ],
+)
+def test_settings_that_can_not_be_are_refused_with_the_remedy(wrong, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Options(**wrong)
 
 
 def test_threads_are_the_cores_allowed_divided_by_the_processes_here():

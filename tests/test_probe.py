@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 
 from fastssl import probe
+from fastssl.loader import Options
 from pipelines import evaluation
 from pipelines.readers import folder
 from tests import tiny_backbone
@@ -74,7 +75,7 @@ def make(root: Path, **options) -> probe.Knn:
         graph=evaluation,
         evaluation=evaluation.Options(resize=36, crop=32),
         cache=root / "cache",
-        threads=1,
+        loading=Options(threads=1),
         say=lambda _: None,
     )
 

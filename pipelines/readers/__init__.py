@@ -5,8 +5,10 @@ A reader file offers
                                           `root`, `bad` and `limit` among it
     list_samples(options, *, cache, say)  every image as a row, with its class and its state: the
                                           `Samples` described in `pipelines.readers.folder`
-    source(samples, rows)                 inside a DALI graph: (encoded, index); rows(step) tells
-                                          which rows, int64 [batch], to read for a step
+    source(samples, rows, decoding)       inside a DALI graph: (image, index); rows(step) tells
+                                          which rows, int64 [batch], to read for a step; the image
+                                          is one of `pipelines.images`, to be decoded as `decoding`
+                                          says
 A row stands for the same image in every run. Wrong input is a ValueError, before training, that
 names the place, what was found and the remedy. Nothing here imports torch or fastssl.
 """

@@ -24,6 +24,7 @@ from nvidia.dali.data_node import DataNode
 from nvidia.dali.fn.io import file
 from nvidia.dali.types import BatchInfo, DALIDataType
 
+from pipelines.images import Decoding, Encoded, Image
 from pipelines.readers import headers
 
 PROGRESS_SECONDS = 5  # between lines, while a listing or a scan is going on
@@ -151,16 +152,19 @@ def list_samples(options: Options, *, cache: Path | None, say: Callable[[str], N
     )
 
 
-def source(samples: Samples, rows: Callable[[int], np.ndarray]) -> tuple[DataNode, DataNode]:
+def source(
+    samples: Samples, rows: Callable[[int], np.ndarray], decoding: Decoding
+) -> tuple[Image, DataNode]:
     """Inside a DALI pipeline definition: the encoded images and their rows.
 
     Args:
         samples: the listing.
         rows: gives the rows, int64 [batch], of a step; steps are counted from 0, and a pipeline
             that is restored from a checkpoint goes on counting. It raises StopIteration at the end.
+        decoding: how the graph is to decode them.
 
     Returns:
-        encoded: uint8 [bytes], on the CPU; read from disk by DALI's threads, not by Python.
+        image: its bytes, read from disk by DALI's threads, not by Python.
         index: int64 [1].
     """
     root = os.path.join(os.fsencode(samples.root), b"")
@@ -179,7 +183,7 @@ def source(samples: Samples, rows: Callable[[int], np.ndarray]) -> tuple[DataNod
         ndim=[1, 1],
     )
     # Not mapped into memory: a mapped file that is cut off meanwhile kills the process (SIGBUS).
-    return file.read(path, dont_use_mmap=True), index
+    return Encoded(file.read(path, dont_use_mmap=True), decoding), index
 
 
 @dataclass(frozen=True)
