@@ -61,7 +61,8 @@ def graph(encoded: Image, index: DataNode, options: Options, device: Device) -> 
     """Puts out `image` [S, S, 3] and `index` [1]."""
     if options.crop == "whole":
         image = ops.resized_crop(
-            ops.decode(encoded, device),
+            encoded,
+            device,
             resize=options.resize,
             crop=options.image_size,
             keep_aspect=True,

@@ -36,6 +36,26 @@ def decode(image: Image, device: Device) -> Decoded:
     return Decoded(pixels, image.size, device)
 
 
+def _decode_part(image: Encoded, start: DataNode, shape: DataNode, device: Device) -> Decoded:
+    """As `decode`, of `shape` pixels from `start` on (int32 [2] each)."""
+    if device == "gpu" and image.decoding.decoder == "auto":
+        pixels = fn.decoders.image_slice(
+            image.data,
+            start=start,
+            shape=shape,
+            axes=[0, 1],
+            device="mixed",
+            output_type=DALIImageType.RGB,
+            hw_decoder_load=image.decoding.hw_decoder_load,
+        )
+    else:
+        pixels = fn.decoders.image_slice(
+            image.data, start=start, shape=shape, axes=[0, 1], output_type=DALIImageType.RGB
+        )
+        pixels = on(pixels, device)
+    return Decoded(pixels, shape, device)
+
+
 def on(parameter: DataNode, device: Device) -> DataNode:
     """A drawn parameter brought to where the pixels are, to do arithmetic with them."""
     return parameter.gpu() if device == "gpu" else parameter
@@ -65,8 +85,8 @@ def random_resized_crops(
     regions = []
     for _ in range(count):
         start, shape = _random_window(image.size, area, aspect)
-        start = fn.cast(start, dtype=DALIDataType.FLOAT)
-        regions.append((start, start + fn.cast(shape, dtype=DALIDataType.FLOAT)))
+        start = _float(start)
+        regions.append((start, start + _float(shape)))
     return _resize_regions(image, size, regions, flip)
 
 
@@ -80,25 +100,9 @@ def decoded_crop(
     if not isinstance(image, Encoded) or not image.decoding.region:
         return random_resized_crop(decode(image, device), size, area, aspect, flip)
     start, shape = _random_window(image.size, area, aspect)
-    if device == "gpu" and image.decoding.decoder == "auto":
-        part = fn.decoders.image_slice(
-            image.data,
-            start=start,
-            shape=shape,
-            axes=[0, 1],
-            device="mixed",
-            output_type=DALIImageType.RGB,
-            hw_decoder_load=image.decoding.hw_decoder_load,
-        )
-    else:
-        part = on(
-            fn.decoders.image_slice(
-                image.data, start=start, shape=shape, axes=[0, 1], output_type=DALIImageType.RGB
-            ),
-            device,
-        )
-    end = fn.cast(shape, dtype=DALIDataType.FLOAT)
-    return resize_region(Decoded(part, shape, device), size, end * 0.0, end, flip)
+    part = _decode_part(image, start, shape, device)
+    end = _float(shape)
+    return resize_region(part, size, end * 0.0, end, flip)
 
 
 def _random_window(size: DataNode, area: Range, aspect: Range) -> tuple[DataNode, DataNode]:
@@ -125,45 +129,54 @@ def center_crop(image: Decoded, resize: int, crop: int) -> DataNode:
     half = spare // 2
     odd = spare - 2 * half
     start = half + odd * (half - 2 * (half // 2))
-    return _resized_part(image, resized, start, crop)
+    per_pixel = _float(image.size) / _float(resized)
+    return resize_region(image, crop, start * per_pixel, (start + crop) * per_pixel)
 
 
 def resized_crop(
-    image: Decoded, *, resize: int, crop: int, keep_aspect: bool = False, flip: float = 0.0
+    image: Image,
+    device: Device,
+    *,
+    resize: int,
+    crop: int,
+    keep_aspect: bool = False,
+    flip: float = 0.0,
 ) -> DataNode:
     """A random square cut at whole pixels out of the resized image; bilinear with antialiasing.
 
-    Only the pixels of the crop are resampled. Its place is uniform over all that fit.
+    Only the pixels of the crop are decoded and resampled. Its place is uniform over all that fit.
 
     Args:
         image: what is cut.
+        device: where the graph runs.
         resize: pixels a side of the resized image; with `keep_aspect` of its short side.
         crop: pixels a side, at most `resize`.
         keep_aspect: False: squeezed to a square, as K19's code does with 292.
         flip: probability of mirroring left and right.
     """
+    size = image.size
     if keep_aspect:
-        resized = image.size * resize // fn.reductions.min(image.size, axes=[0])
+        resized = size * resize // fn.reductions.min(size, axes=[0])
     else:
-        resized = image.size * 0 + resize
+        resized = size * 0 + resize
     spare = resized - crop
     drawn = fn.random.uniform(range=[0.0, 1.0], shape=[2])  # below 1, so that spare is the last
-    start = fn.cast(
-        math.floor(drawn * fn.cast(spare + 1, dtype=DALIDataType.FLOAT)),
-        dtype=DALIDataType.INT32,
-    )
+    start = fn.cast(math.floor(drawn * _float(spare + 1)), dtype=DALIDataType.INT32)
     start = math.min(start, spare)  # float32: 0.99999994 * 38 rounds up to 38
-    return _resized_part(image, resized, start, crop, flip)
+    per_pixel = _float(size) / _float(resized)
+    first, last = start * per_pixel, (start + crop) * per_pixel
+    if not isinstance(image, Encoded) or not image.decoding.region:
+        return resize_region(decode(image, device), crop, first, last, flip)
+    # As far around as the filter reaches, and the decoder's own filter for colours.
+    margin = math.max(per_pixel, 1.0) + 2.0
+    low = fn.cast(math.floor(math.max(first - margin, 0.0)), dtype=DALIDataType.INT32)
+    high = fn.cast(math.ceil(math.min(last + margin, _float(size))), dtype=DALIDataType.INT32)
+    part = _decode_part(image, low, high - low, device)
+    return resize_region(part, crop, first - low, last - low, flip)
 
 
-def _resized_part(
-    image: Decoded, resized: DataNode, start: DataNode, crop: int, flip: float = 0.0
-) -> DataNode:
-    """The `crop` x `crop` at `start` of the image as if it had been `resized` whole."""
-    per_pixel = fn.cast(image.size, dtype=DALIDataType.FLOAT) / fn.cast(
-        resized, dtype=DALIDataType.FLOAT
-    )
-    return resize_region(image, crop, start * per_pixel, (start + crop) * per_pixel, flip)
+def _float(node: DataNode) -> DataNode:
+    return fn.cast(node, dtype=DALIDataType.FLOAT)
 
 
 def resize_region(
@@ -185,7 +198,7 @@ def _resize_regions(
     if image.device == "cpu":
         mirrored = table(np.zeros(count, np.float32))
         if mirror is not None:
-            mirrored = fn.cast(mirror, dtype=DALIDataType.FLOAT)
+            mirrored = _float(mirror)
         each = [fn.cat(*ends, mirrored[k : k + 1]) for k, ends in enumerate(regions)]
         return cpu_kernels.resize(image.pixels, size, fn.stack(*each))
     frames = []
@@ -266,7 +279,7 @@ def quarter_turns(image: DataNode, device: Device) -> DataNode:
 def quarter_turn(image: DataNode, turns: DataNode, device: Device) -> DataNode:
     """A square image turned by 90 degrees counter-clockwise `turns` times (int32, 0 ... 3)."""
     if device == "cpu":
-        by = fn.reshape(fn.cast(turns, dtype=DALIDataType.FLOAT), shape=[1])
+        by = fn.reshape(_float(turns), shape=[1])
         return _only_frame(cpu_kernels.quarter_turns(image, by))
     across = fn.transpose(image, perm=[1, 0, 2], output_layout="HWC")
     both = fn.stack(image, across, axis=0, axis_name="F")
@@ -293,7 +306,7 @@ def cut(
         device: where the image is.
     """
     if device == "cpu":
-        return cpu_kernels.cut(image, size, fn.cast(corners, dtype=DALIDataType.FLOAT))
+        return cpu_kernels.cut(image, size, _float(corners))
 
     def square(source: DataNode, corner: DataNode) -> DataNode:
         return fn.slice(source, start=corner, shape=[size, size], axes=[0, 1])
@@ -374,7 +387,7 @@ def color_jitter(
             for change, value in zip(changes, neutral, strict=True)
         ]
         never = table(np.zeros(frames, np.float32))
-        columns.append(never if gray is None else fn.cast(gray, dtype=DALIDataType.FLOAT))
+        columns.append(never if gray is None else _float(gray))
         layout = "HWC" if patches is None else "FHWC"
         return cpu_kernels.change_colors(pixels, fn.stack(*columns, axis=1), layout)
     if changed:

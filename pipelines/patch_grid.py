@@ -97,7 +97,8 @@ def check_square(options: Square) -> None:
 def random_square(encoded: Image, options: Square, device: Device) -> DataNode:
     """Uint8 [crop, crop, 3]: resized, cut, mirrored; gray where grayscale is of the whole image."""
     image = ops.resized_crop(
-        ops.decode(encoded, device),
+        encoded,
+        device,
         resize=options.resize,
         crop=options.crop,
         keep_aspect=options.keep_aspect,

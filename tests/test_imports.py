@@ -14,7 +14,7 @@ FILES = sorted(
 )
 # Besides the standard library. `fastssl` stands for fastssl and everything in it.
 MAY_IMPORT = {
-    "pipelines": ("nvidia.dali", "numpy", "pipelines"),
+    "pipelines": ("nvidia.dali", "numba", "numpy", "pipelines"),
     "fastssl/objectives": (
         *("torch", "fastssl.classification", "fastssl.distributed", "fastssl.lab"),
         *("fastssl.memory", "fastssl.patch_network"),
@@ -23,9 +23,19 @@ MAY_IMPORT = {
 }
 ENTRY_POINTS = ("fastssl.train",)
 TAKEN = (  # by what is installed beside us, or by what everybody calls theirs
-    *("accelerate", "numpy", "nvidia", "PIL", "pydantic", "rich", "safetensors", "tensorboard"),
+    *(
+        "accelerate",
+        "numba",
+        "numpy",
+        "nvidia",
+        "PIL",
+        "pydantic",
+        "rich",
+        "safetensors",
+        "tensorboard",
+    ),
     *("timm", "torch", "torchvision", "yaml"),
-    *("data", "dataset", "datasets", "helpers", "models", "util", "utils"),
+    *("dataset", "datasets", "helpers", "models", "util", "utils"),
 )
 
 
