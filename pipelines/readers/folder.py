@@ -132,7 +132,9 @@ def list_samples(options: Options, *, cache: Path | None, say: Callable[[str], N
         )
     bad = dict(sorted(bad.items()))
     _report(root, options, files, bad, say)
-    usable = np.setdiff1d(np.arange(len(files.names)), np.fromiter(bad, np.int64, len(bad)))
+    good = np.ones(len(files.names), bool)
+    good[np.fromiter(bad, np.int64, len(bad))] = False
+    usable = np.flatnonzero(good)
     names, sizes = files.names, files.sizes
     if options.limit is not None and options.limit < len(usable):
         kept = usable[np.linspace(0, len(usable) - 1, options.limit).astype(np.int64)]
@@ -214,6 +216,11 @@ def _check_root(root: str) -> None:
     try:
         if not stat.S_ISDIR(os.stat(root).st_mode):
             raise ValueError(f"data.root: {root} is a file: give the folder that holds the images")
+        if all(os.path.exists(os.path.join(root, name)) for name in ("manifest.json", "index")):
+            raise ValueError(
+                f"data.root: {root} is a packed store: read it with "
+                "data.use=pipelines.readers.packed"
+            )
     except FileNotFoundError:
         parent = os.path.dirname(root)
         while not os.path.exists(parent):
