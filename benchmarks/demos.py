@@ -1,6 +1,6 @@
 """Every recipe's demo by its own command: how long, how well the task is solved, kNN around it.
 
-    python -m benchmarks.demos [RECIPE.yaml ...] [section.key=value ...] [--runs DIR] [--out FILE]
+    python -m benchmarks demos [RECIPE.yaml ...] [section.key=value ...] [--runs DIR] [--out FILE]
 
 Without a recipe: all of recipes/*.yaml, one after another, each in a process of its own on the
 built-in images. What is printed is the table of the README; the numbers are of one run with one
@@ -8,40 +8,47 @@ seed (on a CPU the same run gives the same numbers).
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.pirl_loader import manifest
+from benchmarks import method, result
+from benchmarks.result import Row
 from fastssl import journal
 
+HELP = "every recipe's demo: seconds, pretext accuracy against chance, kNN before and after"
 CHECKOUT = Path(__file__).resolve().parents[1]
 
 
-def main() -> int:
-    """Runs the demos; the exit code is 1 when one of them failed."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Recipes, and what is set in all of them."""
+    parser.add_argument(
+        "arguments", nargs="*", metavar="ARGUMENT", help="recipes, and section.key=value for all"
     )
-    parser.add_argument("arguments", nargs="*", help="recipes, and section.key=value for all")
-    parser.add_argument("--runs", type=Path, help="where run folders go, and stay")
-    parser.add_argument("--out", type=Path)
-    given = parser.parse_args()
-    recipes = [Path(each) for each in given.arguments if "=" not in each]
-    overrides = [each for each in given.arguments if "=" in each]
+    parser.add_argument("--runs", type=Path, metavar="DIR", help="where run folders go, and stay")
+    method.add_output(parser)
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Runs the demos; the exit code is 1 when one of them failed."""
+    recipes = [Path(each) for each in arguments.arguments if "=" not in each]
+    overrides = [each for each in arguments.arguments if "=" in each]
+    for recipe in recipes:
+        if not recipe.is_file():
+            raise ValueError(f"there is no recipe {recipe}; without one, all of recipes/ are run")
+    rows: list[Row] = []
     with tempfile.TemporaryDirectory() as temporary:
-        runs = given.runs or Path(temporary)
-        demos = []
+        runs = arguments.runs or Path(temporary)
         for recipe in recipes or sorted((CHECKOUT / "recipes").glob("*.yaml")):
-            demos.append(run(recipe, runs / recipe.stem, overrides))
-            print(row(demos[-1]), flush=True)
-    if given.out is not None:
-        result = {"benchmark": "demos", "demos": demos, "manifest": manifest()}
-        given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return int(any(demo["exit_code"] for demo in demos))
+            demo = run(recipe, runs / recipe.stem, overrides)
+            print(line(demo), flush=True)
+            rows += rows_of(demo)
+    if arguments.out is not None:
+        settings = {"overrides": overrides, "note": arguments.note}
+        result.write(arguments.out, result.make("demos", rows, settings))
+    return int(any(row.extra.get("exit_code") for row in rows))
 
 
 def run(recipe: Path, out: Path, overrides: list[str]) -> dict:
@@ -73,7 +80,25 @@ def run(recipe: Path, out: Path, overrides: list[str]) -> dict:
     }
 
 
-def row(demo: dict) -> str:
+def rows_of(demo: dict) -> list[Row]:
+    """Its seconds and, if it did not fail, its accuracies as shares of 1."""
+    group = demo["recipe"]
+    failed = demo["exit_code"] != 0
+    steps = {} if failed else {"steps": demo["steps"]}
+    extra = {"exit_code": demo["exit_code"], **steps}
+    rows = [Row(name="run", group=group, unit="s", values=[demo["seconds"]], extra=extra)]
+    if failed:
+        return rows
+    around = {"chance": demo["chance"], "first": demo["accuracy_first"]}
+    accuracy = [demo["accuracy"]]
+    rows.append(Row(name="accuracy", group=group, unit="share", values=accuracy, extra=around))
+    for name, key in (("kNN before", "knn_before"), ("kNN after", "knn_after")):
+        if demo[key] is not None:
+            rows.append(Row(name=name, group=group, unit="share", values=[demo[key]]))
+    return rows
+
+
+def line(demo: dict) -> str:
     """Its line of the table: seconds, pretext accuracy, chance, kNN before and after."""
     if demo["exit_code"]:
         return f"| {demo['recipe']} | failed ({demo['exit_code']}) |"
@@ -82,7 +107,3 @@ def row(demo: dict) -> str:
         for name in ("accuracy", "chance", "knn_before", "knn_after")
     ]
     return f"| {demo['recipe']} | {demo['seconds']:.0f} s | {' | '.join(numbers)} |"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,6 @@
 """Whether the loader can run for days: memory, open files and images/s over 200,000 batches.
 
-    python -m benchmarks.soak FOLDER [--batches 200000] [--batch 4] [--out FILE]
+    python -m benchmarks soak FOLDER [--batches 200000] [--batch 4] [--out FILE.json]
 
 Images and batches are small, so that what is done once a batch, and might leak, is done often. On
 the way `state()` is taken 200 times, and 19 times the loader is set back to what it just gave, as
@@ -10,21 +10,22 @@ Exits with 1 when memory grows, open files become more or fewer, or a batch come
 
 import argparse
 import gc
-import json
 import os
 import statistics
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from benchmarks.pirl_loader import RECIPE, manifest
+from benchmarks import method, result
+from benchmarks.result import Row
 from fastssl import config, order
-from fastssl.loader import Loader, threads_per_process
+from fastssl.loader import Loader, Options, threads_per_process
 
+HELP = "memory, open files and images/s of one loader over 200,000 batches"
+RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "pirl_jigsaw.yaml"
 SMALL = ("pipeline.image_size=16", "pipeline.patches_crop=24", "pipeline.patch=6")
 WINDOWS = 40
 STATES = 200
@@ -35,37 +36,51 @@ ROUNDS = 7  # of the old loader's and a new one's turns, as long as from one sta
 GROWTH = 1.0
 SHORTEST = 10_000  # batches: in fewer, memory shows only how a loader starts
 
+LOADER, MEMORY, FILES, THREADS, LOAD = "loader", "memory", "open files", "threads", "load"
+BESIDE_NEW = "old loader beside a new one"
+EXACT = "resumed exactly"
+WHOLE = "the whole soak"
+
 TABLE = """\
 | batches | images/s | CPU ms/image | memory, MB | open files | threads | load |
 |---|---|---|---|---|---|---|"""
 
 
-def main() -> None:
-    """Soaks, prints the table and the verdict, writes the JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """The images, and how many batches of them."""
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--batches", type=int, default=200_000)
-    parser.add_argument("--batch", type=int, default=4, help="images each")
-    parser.add_argument("--images", type=int, default=500, help="of the folder, evenly spaced")
+    parser.add_argument("--batches", type=int, default=200_000, help="(default %(default)s)")
+    parser.add_argument("--batch", type=int, default=4, help="images each (default %(default)s)")
+    parser.add_argument(
+        "--images", type=int, default=500, help="of the folder, evenly spaced (default %(default)s)"
+    )
     parser.add_argument("--threads", type=int, default=threads_per_process(1))
-    parser.add_argument("--note", help="kept in the JSON: what else the machine is doing")
-    parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
+    method.add_output(parser)
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Soaks, prints the table and the verdict, writes the JSON; 1 where the loader failed."""
     if arguments.batches < WINDOWS:
-        parser.error(f"--batches ({arguments.batches}) must be at least {WINDOWS}")
+        raise ValueError(f"--batches ({arguments.batches}) must be at least {WINDOWS}")
     data = (f"data.root={arguments.folder}", f"data.limit={arguments.images}")
-    try:
-        recipe = config.load(str(RECIPE), [*data, *SMALL])
-        result = soak(recipe, arguments.batches, arguments.batch, arguments.threads)
-    except ValueError as error:
-        parser.error(str(error))
-    result["note"] = arguments.note
-    print(verdict(result))
+    recipe = config.load(str(RECIPE), [*data, *SMALL])
+    rows = soak(recipe, arguments.batches, arguments.batch, arguments.threads)
+    sentences = verdict(rows, arguments.batches, arguments.batch)
+    print("\n".join(sentences))
     if arguments.out is not None:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    sys.exit(0 if result["passed"] else 1)
+        settings = {
+            "batches": arguments.batches,
+            "batch": arguments.batch,
+            "images": arguments.images,
+            "threads": arguments.threads,
+            "pipeline": recipe.values["pipeline"],
+            "note": arguments.note,
+        }
+        made = result.make(
+            "soak", rows, settings, sentences, data=arguments.folder, page_cache="warm"
+        )
+        result.write(arguments.out, made)
+    return 0 if passed(rows) else 1
 
 
 def soak(
@@ -74,8 +89,8 @@ def soak(
     batch: int,
     threads: int,
     say: Callable[[str], None] = print,
-) -> dict:
-    """Takes `batches` batches from one loader; returns what was seen, judged, with its manifest.
+) -> list[Row]:
+    """Takes `batches` batches from one loader; returns what was seen, window by window, judged.
 
     Args:
         recipe: its data and pipeline sections count.
@@ -105,7 +120,7 @@ def soak(
             batch=batch,
             seed=0,
             device=torch.device("cpu"),
-            threads=threads,
+            loading=Options(threads=threads),
             say=say,
         )
 
@@ -142,25 +157,48 @@ def soak(
         say(_line(windows[-1]))
     gc.unfreeze()
     seconds = time.perf_counter() - soak_began
+    ratios = _by_turns(loader, start(), state_batches)
+    return [
+        *rows_of(windows),
+        Row(name=BESIDE_NEW, unit="ratio", values=ratios),
+        Row(name=EXACT, unit="resumes", values=[exact], extra={"of": resumes, "states": states}),
+        Row(name=WHOLE, unit="s", values=[seconds], extra={"skipped": len(loader.skipped)}),
+    ]
+
+
+def rows_of(windows: list[dict[str, float]]) -> list[Row]:
+    """What the windows saw, a value each, with its judgement."""
     judged = judge(windows)
-    return {
-        "benchmark": "soak",
-        "unit": "images/s",
-        "windows": windows,
-        "states": states,
-        "resumes": resumes,
-        "resumes_exact": exact,
-        **judged,
-        "passed": judged["memory_flat"] and judged["files_constant"] and exact == resumes,
-        "seconds": seconds,
-        "old_to_new": _by_turns(loader, start(), state_batches),
-        "options": recipe.values["pipeline"],
-        "batch": batch,
-        "images": len(usable),
-        "skipped": len(loader.skipped),
-        "threads": threads,
-        "manifest": manifest(),
-    }
+
+    def row(name: str, unit: str, of: str, extra: list[str], cpu_ms: list[float]) -> Row:
+        return Row(
+            name=name,
+            unit=unit,
+            values=[window[of] for window in windows],
+            cpu_ms=cpu_ms,
+            extra={key: judged[key] for key in extra},
+        )
+
+    cpu_ms = [window["cpu_ms_per_image"] for window in windows]
+    growth = ["memory_mb_per_10000_batches", "memory_bound", "memory_flat"]
+    return [
+        row(LOADER, "images/s", "images_per_second", ["drift", "cpu_drift"], cpu_ms),
+        row(MEMORY, "MB", "memory_mb", growth, []),
+        row(FILES, "files", "files", ["files_constant"], []),
+        row(THREADS, "threads", "threads", ["threads_constant"], []),
+        row(LOAD, "load", "load", [], []),
+    ]
+
+
+def passed(rows: Sequence[Row]) -> bool:
+    """Memory flat, no file left open, every resume exact."""
+    named = {row.name: row for row in rows}
+    exact = named[EXACT].values[0] == named[EXACT].extra["of"]
+    return (
+        exact
+        and bool(named[MEMORY].extra["memory_flat"])
+        and bool(named[FILES].extra["files_constant"])
+    )
 
 
 def judge(windows: list[dict[str, float]]) -> dict:
@@ -190,35 +228,31 @@ def judge(windows: list[dict[str, float]]) -> dict:
     }
 
 
-def verdict(result: dict) -> str:
+def verdict(rows: Sequence[Row], batches: int, batch: int) -> list[str]:
     """What came out, in a few lines."""
-    windows = result["windows"]
-    batches = windows[-1]["batches"]
-    growth = f"{result['memory_mb_per_10000_batches']:+.2f} MB per 10,000 batches"
+    named = {row.name: row for row in rows}
+    loader, memory, files = named[LOADER].extra, named[MEMORY].extra, named[FILES]
+    resumed, whole = named[EXACT], named[WHOLE]
     if batches < SHORTEST:
-        memory = f"not judged in fewer than {SHORTEST:,} batches"
-    elif result["memory_flat"]:
-        memory = "flat"
+        grows = f"not judged in fewer than {SHORTEST:,} batches"
+    elif memory["memory_flat"]:
+        grows = "flat"
     else:
-        memory = f"GROWS, more than {GROWTH} MB"
-    files = sorted({window["files"] for window in windows})
-    threads = sorted({window["threads"] for window in windows})
-    ratios = sorted(result["old_to_new"])
-    repeated = f"{result['resumes_exact']} of {result['resumes']} times"
-    return "\n".join(
-        (
-            f"memory: {growth} over the second half: {memory}",
-            f"images/s: {result['drift']:.2f} of the second quarter's in the last; "
-            f"CPU time an image: {result['cpu_drift']:.2f}",
-            f"images/s beside a new loader's: {statistics.median(ratios):.2f} "
-            f"({ratios[0]:.2f} - {ratios[-1]:.2f})",
-            f"open files: {files}: {'constant' if result['files_constant'] else 'NOT CONSTANT'}; "
-            f"threads: {threads}",
-            f"resumed: the same batch again {repeated}",
-            f"{'passed' if result['passed'] else 'FAILED'}: {batches:,} batches of "
-            f"{result['batch']} in {result['seconds'] / 60:.1f} minutes",
-        )
-    )
+        grows = f"GROWS, more than {GROWTH} MB"
+    constant = "constant" if files.extra["files_constant"] else "NOT CONSTANT"
+    ratios = sorted(named[BESIDE_NEW].values)
+    return [
+        f"memory: {memory['memory_mb_per_10000_batches']:+.2f} MB per 10,000 batches "
+        f"over the second half: {grows}",
+        f"images/s: {loader['drift']:.2f} of the second quarter's in the last; "
+        f"CPU time an image: {loader['cpu_drift']:.2f}",
+        f"images/s beside a new loader's: {statistics.median(ratios):.2f} "
+        f"({ratios[0]:.2f} - {ratios[-1]:.2f})",
+        f"open files: {_counts(files)}: {constant}; threads: {_counts(named[THREADS])}",
+        f"resumed: the same batch again {resumed.values[0]:.0f} of {resumed.extra['of']} times",
+        f"{'passed' if passed(rows) else 'FAILED'}: {batches:,} batches of {batch} "
+        f"in {whole.values[0] / 60:.1f} minutes",
+    ]
 
 
 def _gives_again(loader: Loader) -> bool:
@@ -267,13 +301,13 @@ def _held(files_before: float) -> dict[str, float]:
     }
 
 
+def _counts(row: Row) -> list[int]:
+    return sorted({int(value) for value in row.values})
+
+
 def _line(window: dict[str, float]) -> str:
     w = window
     return (
         f"| {w['batches']:,} | {w['images_per_second']:.0f} | {w['cpu_ms_per_image']:.3f} "
         f"| {w['memory_mb']:.1f} | {w['files']} | {w['threads']} | {w['load']:.1f} |"
     )
-
-
-if __name__ == "__main__":
-    main()
