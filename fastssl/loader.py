@@ -10,12 +10,10 @@ and by which means images are decoded. `python -m benchmarks tune RECIPE` measur
 machine.
 """
 
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
@@ -23,6 +21,8 @@ import numpy as np
 import torch
 from nvidia.dali.pipeline import Pipeline
 from torch import Tensor
+
+from fastssl import machine
 
 # Batches between two in-memory DALI checkpoints: what is run again when a file can't be decoded.
 REPLAY = 64
@@ -270,17 +270,8 @@ def output_names(reader: ModuleType, samples: Any, graph: ModuleType, options: A
 
 
 def threads_per_process(processes_here: int) -> int:
-    """The cores that this process may use, divided by the processes on this machine, at least 1.
-
-    Counts the CPU affinity and the quota of the control group (v2), which a container has.
-    """
-    cores = float(len(os.sched_getaffinity(0)))
-    quota = Path("/sys/fs/cgroup/cpu.max")
-    if quota.is_file():
-        limit, period = quota.read_text().split()
-        if limit != "max":
-            cores = min(cores, int(limit) / int(period))
-    return max(1, int(cores) // max(1, processes_here))
+    """The cores that this process may use, divided by the processes on this machine, at least 1."""
+    return max(1, int(machine.cores_allowed()) // max(1, processes_here))
 
 
 class _Wait:

@@ -11,6 +11,7 @@ from nvidia.dali.types import DALIDataType
 from torch import Tensor, nn
 
 from pipelines import ops
+from pipelines.images import Device, Image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,11 +21,9 @@ class Options:
     largest_crop: int = 24
 
 
-def graph(
-    encoded: DataNode, index: DataNode, options: Options, device: ops.Device
-) -> dict[str, DataNode]:
+def graph(encoded: Image, index: DataNode, options: Options, device: Device) -> dict[str, DataNode]:
     pixels = ops.decode(encoded, device)
-    small = ops.center_crop(pixels, encoded, options.size, options.size)
+    small = ops.center_crop(pixels, options.size, options.size)
     strip = fn.stack(*[small] * 5, axis=0, axis_name="F")
     weight = fn.cast(index, dtype=DALIDataType.FLOAT) * 0.5
     gray = fn.reductions.mean(small, axes=[2], keep_dims=True)
