@@ -5,7 +5,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-COMMANDS = ("stages", "tasks", "tune", "scale", "compare", "plot", "soak", "demos")
+COMMANDS = ("stages", "tasks", "stores", "tune", "scale", "compare", "plot", "soak", "demos")
 USAGE = f"usage: python -m benchmarks COMMAND ...\n\nCOMMAND is one of: {', '.join(COMMANDS)}"
 
 

@@ -53,7 +53,6 @@ from fastssl.loader import DataError, Loader, output_names, threads_per_process
 from fastssl.rehearsal import rehearse
 
 STOPPED = 75  # EX_TEMPFAIL: try again
-WAITING = 0.2  # part of the time that the device waits for images, above which it is told
 COLLAPSED = 0.03  # std of the embeddings, where 1 is spread out and 0 a single point
 
 
@@ -107,7 +106,7 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
     on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU") == "True"
     if options.sync_batchnorm and on_cpu:
         raise config.RecipeError("train.sync_batchnorm (true) needs GPUs: give false")
-    precision = _precision(options.precision, on_cpu)
+    precision = mixed_precision(options.precision, on_cpu)
     unknown = set(options.trackers) - {name.value for name in get_available_trackers()}
     if unknown:
         raise config.RecipeError(
@@ -366,8 +365,8 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
         measure()
     tensors: dict[str, Tensor] = {}
     began, begun_at = time.perf_counter(), step
-    collapsed = guessing = waiting = False
-    settled = False  # the first line's batches were made while the run was starting
+    collapsed = guessing = False
+    waits = journal.WaitAdvice(recipe)
     while step < steps and not stop.agreed(control):
         lr = optim.learning_rate(
             recipe.optim,
@@ -409,20 +408,15 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
             "lr": lr,
             "images_per_second": rate,
             "patches_per_second": rate * sum(t.shape[1] for t in tensors.values() if t.ndim == 5),
-            "data_wait": min(1.0, loader.data_wait() / seconds),
+            "data_wait": min(1.0, _greatest(loader.data_wait() / seconds, device)),
             **_means([metrics for _, metrics in recent]),
         }
         log.log(step, line)
         images = options.batch * len(recent) / options.accumulate  # that the line is about
         recent.clear()
-        if settled and line["data_wait"] > WAITING and not waiting:
-            waiting = True
-            log.say(
-                f"warning: {line['data_wait']:.0%} of the time goes by in waiting for images: "
-                f"`python -m benchmarks stages {recipe.path}` (and this run's section.key=value) "
-                "tells what binds, `python -m benchmarks tune` finds faster settings of the loader"
-            )
-        settled = True
+        advice = waits.after(step - begun_at, line["data_wait"])
+        if advice is not None:
+            log.say(advice)
         if line.get("std", 1.0) < COLLAPSED and not collapsed:
             collapsed = True
             log.say(
@@ -542,6 +536,11 @@ def _means(metrics: list[dict[str, Tensor]]) -> dict[str, float]:
     return dict(zip(names, means.tolist(), strict=True))
 
 
+def _greatest(value: float, device: torch.device) -> float:
+    """Of all processes: those that do not wait for images wait for the one that does."""
+    return distributed.gather(torch.tensor([value], device=device)).max().item()
+
+
 def _last_words(out: Path, log: journal.Journal) -> None:
     """The kNN accuracy of the random network and of the trained one."""
     probes = [line for line in journal.read(out) if line.get("probe") == "knn"]
@@ -554,7 +553,7 @@ def _last_words(out: Path, log: journal.Journal) -> None:
     log.say(f"done: {out}/backbone.safetensors, {out}/backbone.json, {out}/metrics.jsonl")
 
 
-def _precision(asked: str, on_cpu: bool) -> str:
+def mixed_precision(asked: str, on_cpu: bool) -> str:
     """What Accelerate calls it; auto: bf16 on a GPU that has it, fp16 on others, else fp32."""
     # Without emulation, which older GPUs offer and which is slow.
     bf16 = not on_cpu and torch.cuda.is_bf16_supported(including_emulation=False)
