@@ -23,24 +23,26 @@ def shuffled(count: int, seed: int, epoch: int, rank: int, world: int, batch: in
     that every rank has the same number of full batches. Filled-in places are those from `count` on
     when the ranks' pieces are laid side by side: the tail of the last step.
     """
-    whole = _permutation(count, seed, epoch)
-    return _piece(whole, rank, world, batch)
+    filled = _permutation(count, seed, epoch, steps_per_epoch(count, world, batch) * world * batch)
+    return _piece(filled, rank, world, batch)
 
 
 def in_order(count: int, rank: int, world: int, batch: int) -> np.ndarray:
     """As `shuffled`, in listing order: for probes. int64 [steps, batch]."""
-    return _piece(np.arange(count, dtype=np.int64), rank, world, batch)
+    places = steps_per_epoch(count, world, batch) * world * batch
+    return _piece(np.arange(places, dtype=np.int64) % count, rank, world, batch)
 
 
-def _piece(whole: np.ndarray, rank: int, world: int, batch: int) -> np.ndarray:
-    steps = steps_per_epoch(len(whole), world, batch)
-    filled = np.resize(whole, steps * world * batch)  # repeats from the start
-    return filled.reshape(steps, world, batch)[:, rank]
+def _piece(filled: np.ndarray, rank: int, world: int, batch: int) -> np.ndarray:
+    """A view: at every step one row of it is asked for, of millions."""
+    return filled.reshape(-1, world, batch)[:, rank]
 
 
-@lru_cache(
-    maxsize=2
-)  # an epoch's order is asked for at every step, the next one's while prefetching
-def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
+# An epoch's order is asked for at every step, the next one's while prefetching.
+@lru_cache(maxsize=2)
+def _permutation(count: int, seed: int, epoch: int, places: int) -> np.ndarray:
+    """An order of 0 ... count - 1, from its start again until there are `places`."""
     generator = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, epoch))))
-    return generator.permutation(count)
+    filled = np.resize(generator.permutation(count), places)
+    filled.flags.writeable = False  # it is everybody's
+    return filled

@@ -61,3 +61,10 @@ def test_a_probe_sees_the_listing_in_order(count, world, batch):
 
     listed = np.stack(parts, axis=1).reshape(-1)
     assert list(listed[:count]) == list(range(count))
+
+
+def test_asking_for_an_epoch_s_order_again_copies_nothing():
+    once, again = (order.shuffled(301, 3, 0, rank, 2, 16) for rank in (0, 0))
+
+    assert np.shares_memory(once, again)
+    assert not once.flags.writeable
