@@ -5,8 +5,10 @@ Only the main process writes; on the others every call is free.
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -14,12 +16,16 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+import yaml
 from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from fastssl import checkpoint, config
 from fastssl.config import Recipe
+
+WARM_UP = 10  # steps, whose batches were made while the run was starting
+WAITING = 0.2  # part of the time that the device waits for images, above which it is told why
 
 
 class Journal:
@@ -124,6 +130,46 @@ class Journal:
         self._unwritten = self._unwritten.encode()[written:].decode()
 
 
+class WaitAdvice:
+    """Whether to tell the user, once a run, which command says why the device waits for images."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        """Nothing has been said yet."""
+        self._recipe = recipe
+        self._steps = 0
+        self._said = False
+
+    def after(self, steps: int, wait: float) -> str | None:
+        """What to say after a line of the log; None: nothing.
+
+        Args:
+            steps: that the line is about. Lines that begin in the warm-up are not judged: every
+                run waits for its first batches.
+            wait: its data-wait, 0 ... 1.
+        """
+        is_warm = self._steps >= WARM_UP
+        self._steps += steps
+        if self._said or not is_warm or wait <= WAITING:
+            return None
+        self._said = True
+        return (
+            f"warning: {wait:.0%} of the time goes by in waiting for images. This tells what binds "
+            "(and with `tune` in place of `stages`, which settings of the loader are faster):\n"
+            f"{stages_command(self._recipe)}"
+        )
+
+
+def stages_command(recipe: Recipe) -> str:
+    """The benchmark of this very recipe, with what the command line changed; to be pasted."""
+    changed = [
+        f"{section}.{key}={_yaml(value)}"
+        for section, keys in recipe.values.items()
+        for key, value in keys.items()
+        if recipe.sources.get(f"{section}.{key}") == "command line"
+    ]
+    return shlex.join(["python", "-m", "benchmarks", "stages", recipe.path, *changed])
+
+
 def write_start(
     folder: Path, recipe: Recipe, accelerator: Accelerator, resumed: Path | None
 ) -> None:
@@ -197,6 +243,12 @@ def _cut_back(path: Path, start: int | None) -> None:
     kept = [] if start is None else [line for line in read(path.parent) if line["step"] <= start]
     with checkpoint.whole_file(path) as file:
         file.write("".join(json.dumps(line) + "\n" for line in kept).encode())
+
+
+def _yaml(value: object) -> str:
+    """In one line, as an override is written."""
+    line = yaml.safe_dump(value, default_flow_style=True, width=math.inf)
+    return line.removesuffix("...\n").strip()
 
 
 def _state(values: Mapping[str, float | int | str]) -> str:

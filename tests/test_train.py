@@ -659,19 +659,6 @@ def test_a_tracker_that_is_not_there_is_refused_by_name(command, capsys, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
-def test_waiting_for_images_is_told_once_with_the_command_that_says_why(
-    command, capsys, monkeypatch, recipe
-):
-    monkeypatch.setattr(train, "WAITING", -1.0)
-    assert train.main(command("train.steps=4")) == 0
-    said = capsys.readouterr().out
-
-    assert said.count("of the time goes by in waiting for images") == 1
-    assert f"python -m benchmarks stages {recipe}" in said
-    # The first batches are made while the run starts: that is no verdict on the loader.
-    assert said.index("step 2/4") < said.index("waiting for images") < said.index("step 3/4")
-
-
 def test_embeddings_that_collapse_are_told_once(command, capsys, monkeypatch):
     monkeypatch.setattr(train, "COLLAPSED", 10.0)
     assert train.main(command("train.steps=3")) == 0
