@@ -9,7 +9,6 @@ import hashlib
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from fastssl.distributed import gather, rank
 
