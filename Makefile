@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check check-form check-types check-imports check-wheel bench clean
+.PHONY: help setup demo test check check-form check-types check-imports check-wheel bench doctor clean
 .DELETE_ON_ERROR:
 
 VENV ?= .venv
@@ -46,8 +46,12 @@ check-wheel: $(VENV)/.installed-check
 	$(VENV)/bin/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 	$(VENV)/bin/check-wheel-contents dist/*.whl
 
-bench: $(VENV)/.installed ## Measure the input pipeline: make bench DATA=/folder/of/images
-	$(VENV)/bin/python -m benchmarks.pirl_loader '$(DATA)' $(ARGS)
+bench: $(VENV)/.installed ## Which stage binds: make bench DATA=/folder/of/images (without: built-in ones)
+	$(VENV)/bin/python -m benchmarks stages recipes/pirl_jigsaw.yaml \
+		$(if $(DATA),'data.root=$(DATA)') $(ARGS)
+
+doctor: $(VENV)/.installed ## Check this machine: versions, GPU, cores, disk, one batch
+	$(VENV)/bin/python -m fastssl.doctor recipes/pirl_jigsaw.yaml $(if $(DATA),'data.root=$(DATA)')
 
 clean: ## Remove the virtual environment and what was built; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

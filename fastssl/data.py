@@ -3,11 +3,11 @@
     python -m fastssl.data pack /data/imagenet/train /fast/train --form jpeg --short-side 292
     python fastssl/train.py recipes/rotation.yaml data.use=pipelines.readers.packed data.root=...
 
-pack: reads a folder of images as training would (the same rows, classes and bad files), turns them
-upright, makes them RGB, shrinks them to a short side, and writes them into a few large files: as
-JPEG, or raw, which needs no decoding and 7 to 9 times the space of JPEG. Nothing is enlarged (but
-by --square), and the source is not touched. data.key=value sets what the folder reader may be told,
-such as data.limit=1000 or data.bad=error.
+pack: reads a folder of images as training would (the same order and classes, without the bad
+files), turns them upright, makes them RGB, shrinks them to a short side, and writes them into a few
+large files: as JPEG, or raw, which needs no decoding and 7 to 9 times the space of JPEG. Nothing is
+enlarged (but by --square), and the source is not touched. data.key=value sets what the folder
+reader may be told, such as data.limit=1000 or data.bad=error.
 """
 
 import argparse

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastssl import config, demo, loader, machine, optim, order
+from fastssl import config, demo, loader, machine, optim, order, run_folder
 from fastssl.config import Recipe
 from fastssl.doctor import Line, guarded
 from fastssl.loader import DataError, Loader, output_names, threads_per_process
@@ -76,6 +76,11 @@ def _run_folder(recipe: Recipe) -> Iterator[Line]:
         text = f"{free:.1f} GiB free at {folder}: make room, or name another: train.out=..."
         yield Line("FAIL", "run folder", text)
     else:
+        try:
+            run_folder.open_run(folder, recipe.train.resume, recipe.values)  # reads only
+        except config.RecipeError as error:
+            yield Line("FAIL", "run folder", str(error))
+            return
         yield Line("ok", "run folder", f"{folder}, {free:,.0f} GiB free")
 
 
@@ -199,7 +204,7 @@ def _pieces(samples: Any) -> tuple[list[Piece], float]:
         for offset in range(0, size - PIECE + 1, PIECE)
     ]
     dice.shuffle(pieces)
-    return pieces[:DISK_FILES], max(1.0, sum(size for _, size in files) / len(samples))
+    return pieces[:DISK_FILES], max(1.0, float(np.mean(samples.size)))
 
 
 def _drop(piece: Piece) -> bool:

@@ -10,10 +10,11 @@ and by which means images are decoded. `python -m benchmarks tune RECIPE` measur
 machine.
 """
 
+import gc
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any, Literal
 
@@ -37,7 +38,8 @@ class Options:
     """How one process makes its batches; nothing of it changes what is learnt.
 
     `decoder` and `region` give other pixels of the same distribution, so that a run which is
-    resumed keeps them. The rest gives the same batches at another speed.
+    resumed keeps them. `threads` and `prefetch` give the same batches at another speed, and so does
+    `hw_decoder_load`, as far as a GPU's decoders agree to the last bit.
     """
 
     threads: int | None = None  # of DALI, a process; null: cores allowed / processes on the machine
@@ -171,17 +173,33 @@ class Loader:
         self._saved = (self.step, None if dali is None else dali.numpy().tobytes())
         self._pipeline = None
 
+    def close(self) -> None:
+        """Ends DALI's threads and frees its memory; the next batch, if any, starts them anew.
+
+        Without it that is left to Python's search for cycles, which a pipeline is full of.
+        """
+        if self._pipeline is not None:
+            self._saved = (self.step, self._pipeline.checkpoint())
+            self._pipeline = None
+            gc.collect()
+
     def _running(self) -> Pipeline:
         """The pipeline, standing behind batch number `step`."""
         if self._pipeline is None:
             step, dali = self._saved
-            self._names, self._pipeline = self._build(self._rows_or_others, self._batch, dali)
+            self._names, self._pipeline = self._build(
+                self._rows_or_others, self._batch, dali, self._loading
+            )
             for _ in range(self.step - step):  # given before, at most REPLAY batches
                 self._pipeline.run()
         return self._pipeline
 
     def _build(
-        self, rows: Callable[[int], np.ndarray], batch: int, dali: bytes | None
+        self,
+        rows: Callable[[int], np.ndarray],
+        batch: int,
+        dali: bytes | None,
+        loading: "Options",
     ) -> tuple[list[str], Pipeline]:
         pipeline = Pipeline(
             batch_size=batch,
@@ -194,7 +212,7 @@ class Loader:
         )
         backend = "cpu" if self._device.type == "cpu" else "gpu"
         with pipeline:
-            image, index = self._reader.source(self._samples, rows, self._loading)
+            image, index = self._reader.source(self._samples, rows, loading)
             outputs = self._graph.graph(image, index, self._options, backend)
             # Labels travel with the pixels: a copy from here would be one more wait for the GPU.
             here = [node.gpu() if backend == "gpu" else node for node in outputs.values()]
@@ -250,7 +268,9 @@ class Loader:
 
         A graph that can't even be built is no file's fault: that error goes on its way.
         """
-        _, pipeline = self._build(lambda _: np.array(rows, np.int64), len(rows), None)
+        # Whole images: of a damaged place that one random crop meets, another sees nothing.
+        whole = replace(self._loading, region=False)
+        _, pipeline = self._build(lambda _: np.array(rows, np.int64), len(rows), None, whole)
         try:
             pipeline.run()
         except RuntimeError as error:

@@ -19,6 +19,7 @@ import pynvml
 
 PACKAGES = (
     *("torch", "torchvision", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "accelerate", "numpy"),
+    *("nvidia-nvimgcodec-cu12", "nvidia-nvimgcodec-cu13"),  # DALI's decoders
     *("pillow", "numba", "simplejpeg", "ffcv", "nvidia-ml-py"),
 )
 SHARED_MEMORY = Path("/dev/shm")
@@ -134,7 +135,7 @@ def gpus() -> list[dict[str, Any]]:
         driver = _told(pynvml.nvmlSystemGetDriverVersion)
         cuda = _told(pynvml.nvmlSystemGetCudaDriverVersion_v2)  # 13020 is 13.2
         found = []
-        for number in range(pynvml.nvmlDeviceGetCount()):
+        for number in range(_told(pynvml.nvmlDeviceGetCount) or 0):
             gpu = _told(lambda n=number: pynvml.nvmlDeviceGetHandleByIndex(n))
             if gpu is not None:
                 release = None if cuda is None else f"{cuda // 1000}.{cuda % 1000 // 10}"

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from numba import carray, cfunc, njit, types  # pyright: ignore[reportPrivateImportUsage]
+from numba.core.caching import NullCache
 from nvidia.dali import fn
 from nvidia.dali.data_node import DataNode
 from nvidia.dali.plugin import numba as plugin
@@ -76,6 +77,16 @@ def change_colors(pixels: DataNode, changes: DataNode, layout: str) -> DataNode:
     return _operator(_COLORS, _SAME, (pixels, changes), (len(layout), 2), layout)
 
 
+def change_saturation_and_value(views: DataNode, changes: DataNode) -> DataNode:
+    """S and V of HSV each to a power, times a factor, plus an offset, as `pipelines.ops` tells.
+
+    Args:
+        views: uint8 FHWC.
+        changes: float32 [F, 6]: power, factor and offset of S, then of V.
+    """
+    return _operator(_SATURATION, _SAME, (views, changes), (4, 2), "FHWC")
+
+
 def blur(image: DataNode, sigma: DataNode) -> DataNode:
     """Gaussian blur, cut off at `ceil(3 * sigma)` pixels; the border is mirrored, as DALI's.
 
@@ -124,12 +135,17 @@ def _carrier(size: int) -> DataNode:
     return node
 
 
+_kernels: list[Any] = []  # all that were compiled
+
+
 def _compiled(function: Callable) -> Any:
     """`function` as machine code; kept on disk where there is a place for it."""
     try:
-        return njit(fastmath=True, error_model="numpy", cache=True)(function)
+        kernel = njit(fastmath=True, error_model="numpy", cache=True)(function)
     except RuntimeError:  # neither this folder nor the user's cache can be written
-        return njit(fastmath=True, error_model="numpy")(function)
+        kernel = njit(fastmath=True, error_model="numpy")(function)
+    _kernels.append(kernel)
+    return kernel
 
 
 def _called(*arguments: Any) -> Callable[[Callable], Any]:
@@ -138,7 +154,9 @@ def _called(*arguments: Any) -> Callable[[Callable], Any]:
     def make(function: Callable) -> Any:
         try:
             return cfunc(types.void(*arguments), cache=True)(function)
-        except RuntimeError:
+        except Exception:  # a cached file was cut off or is somebody else's, or the disk is full
+            for kernel in _kernels:
+                kernel._cache = NullCache()
             return cfunc(types.void(*arguments))(function)
 
     return make
@@ -416,6 +434,26 @@ def _color_matrix(brightness, contrast, saturation, hue):
 
 
 @_compiled
+def _change_saturation(out, pixels, change):
+    """One view, see `change_saturation_and_value`; uint8 [values] to the same."""
+    values = np.empty(256, F)  # V takes no others
+    for k in range(256):
+        new = (F(k) / F(255)) ** change[3] * change[4] + change[5]
+        values[k] = F(255) * min(max(new, F(0)), F(1))
+    for k in range(0, pixels.size, 3):
+        r, g, b = pixels[k], pixels[k + 1], pixels[k + 2]
+        greatest = max(r, g, b)
+        chroma = F(greatest) - F(min(r, g, b))
+        new = (chroma / max(F(greatest), F(1))) ** change[0] * change[1] + change[2]
+        value = values[greatest]
+        gain = value * min(max(new, F(0)), F(1)) / max(chroma, F(1))
+        rest = value - gain * F(greatest) + F(0.5)
+        for c in range(3):
+            made = gain * F(pixels[k + c]) + rest
+            out[k + c] = np.uint8(np.int32(min(max(made, F(0)), F(255))))
+
+
+@_compiled
 def _blur(out, image, sigma):
     """Down the columns, all values of a row at a time, then along the rows."""
     height, values = image.shape
@@ -541,6 +579,21 @@ def _COLORS(out_data, _out_shapes, _out_dims, _outs, in_data, in_shapes, in_dims
             out[first : first + each],
             pixels[first : first + each],
             changes[5 * frame : 5 * frame + 5],
+        )
+
+
+@_run
+def _SATURATION(out_data, out_shapes, _out_dims, _outs, in_data, _in_shapes, _in_dims, _ins):
+    frames, height, width, _ = _shape(out_shapes, 0, 4)
+    each = height * width * 3
+    pixels, out = _bytes(in_data, 0, frames * each), _bytes(out_data, 0, frames * each)
+    changes = _floats(in_data, 1, 6 * frames)
+    for frame in range(frames):
+        first = frame * each
+        _change_saturation(
+            out[first : first + each],
+            pixels[first : first + each],
+            changes[6 * frame : 6 * frame + 6],
         )
 
 

@@ -216,30 +216,19 @@ def _scale_components(views: DataNode, options: Options) -> DataNode:
 
 
 def _change_saturation_and_value(views: DataNode, options: Options, device: Device) -> DataNode:
-    """Contrast 2: S and V of HSV each to a power, times a factor, plus an offset.
+    """Contrast 2: S and V of HSV each to a power, times a factor, plus an offset."""
 
-    With V the greatest channel, m the least and S = (V - m) / V, a channel is
-    c = V (1 - S r), where r = (V - c) / (V - m) says the hue. A change of S and V leaves r alone,
-    so that no hue is computed: c' = V' (1 - S' r) = V' - g (V - c) with g = V' S' / (V - m).
-    """
-
-    def changed(plane: DataNode) -> DataNode:
-        def for_each_view(drawn: DataNode) -> DataNode:
-            return ops.on(fn.reshape(drawn, shape=[options.views, 1, 1, 1]), device)
-
+    def draw() -> DataNode:
         count = [options.views]
-        power = for_each_view(_log_uniform(options.powers, count))
-        factor = for_each_view(_log_uniform(options.factors, count))
-        offset = for_each_view(_uniform(-options.offsets, options.offsets, count))
-        return dali_math.clamp(dali_math.fpow(plane, power) * factor + offset, 0.0, 1.0)
+        return fn.stack(
+            _log_uniform(options.powers, count),
+            _log_uniform(options.factors, count),
+            _uniform(-options.offsets, options.offsets, count),
+            axis=1,
+        )
 
-    value = fn.cast(fn.reductions.max(views, axes=[3], keep_dims=True), dtype=DALIDataType.FLOAT)
-    least = fn.cast(fn.reductions.min(views, axes=[3], keep_dims=True), dtype=DALIDataType.FLOAT)
-    chroma = value - least
-    # Where V or the chroma is 0 every channel is V, whatever stands in the place of 0 / 0.
-    new_value = changed(value / 255.0) * 255.0
-    gain = new_value * changed(chroma / dali_math.max(value, 1.0)) / dali_math.max(chroma, 1.0)
-    return fn.cast(views * gain + (new_value - gain * value), dtype=DALIDataType.UINT8)
+    value = draw()
+    return ops.change_saturation_and_value(views, draw(), value, options.views, device)
 
 
 def _uniform(low: float, high: float, shape: list[int] | None = None) -> DataNode:

@@ -3,7 +3,7 @@
 An image is uint8 HWC, patches are uint8 FHWC (F patches of one size). Random parameters are drawn
 on the CPU whatever the device, because named arguments of DALI operators live there; so both
 backends draw the same. On the CPU, `pipelines.cpu_kernels` does what DALI's operators do on a GPU,
-to the same pixels.
+to the same pixels within one level of 255.
 """
 
 from collections.abc import Sequence
@@ -413,6 +413,40 @@ def _some(
     shape = [1, 1, 1] if patches is None else [patches, 1, 1, 1]
     here = on(fn.reshape(coin, shape=shape), device)
     return pixels * (Constant(1).uint8() - here) + changed * here
+
+
+def change_saturation_and_value(
+    views: DataNode, saturation: DataNode, value: DataNode, count: int, device: Device
+) -> DataNode:
+    """S and V of HSV each to a power, times a factor, plus an offset, within 0 ... 1.
+
+    With V the greatest channel, m the least and S = (V - m) / V, a channel is
+    c = V (1 - S r), where r = (V - c) / (V - m) says the hue. A change of S and V leaves r alone,
+    so that no hue is computed: c' = V' (1 - S' r) = V' - g (V - c) with g = V' S' / (V - m).
+
+    Args:
+        views: uint8 FHWC.
+        saturation: float32 [count, 3]: power, factor and offset for each view, on the CPU.
+        value: likewise.
+        count: F.
+        device: where the views are.
+    """
+    if device == "cpu":
+        return cpu_kernels.change_saturation_and_value(views, fn.cat(saturation, value, axis=1))
+
+    def changed(plane: DataNode, by: DataNode) -> DataNode:
+        power, factor, offset = (
+            on(fn.reshape(by[:, k], shape=[count, 1, 1, 1]), device) for k in range(3)
+        )
+        return math.clamp(math.fpow(plane, power) * factor + offset, 0.0, 1.0)
+
+    greatest = _float(fn.reductions.max(views, axes=[3], keep_dims=True))
+    chroma = greatest - _float(fn.reductions.min(views, axes=[3], keep_dims=True))
+    # Where V or the chroma is 0 every channel is V, whatever stands in the place of 0 / 0.
+    new_value = changed(greatest / 255.0, value) * 255.0
+    new_saturation = changed(chroma / math.max(greatest, 1.0), saturation)
+    gain = new_value * new_saturation / math.max(chroma, 1.0)
+    return fn.cast(views * gain + (new_value - gain * greatest), dtype=DALIDataType.UINT8)
 
 
 class Colors(Protocol):

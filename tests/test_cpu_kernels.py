@@ -1,5 +1,7 @@
 """Each kernel gives the pixels of the DALI operator that a GPU runs in its place."""
 
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -8,7 +10,7 @@ from nvidia.dali import fn, math
 from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.types import DALIDataType, DALIInterpType
 
-from pipelines import cpu_kernels
+from pipelines import cpu_kernels, ops
 
 FLOAT, INT = DALIDataType.FLOAT, DALIDataType.INT32
 rng = np.random.default_rng(0)
@@ -137,6 +139,28 @@ def test_gray_is_the_luma_in_all_three_colors():
     assert np.abs(made[0, 1::2, :, :, 0] - luma).max() <= 1
 
 
+def test_saturation_and_value_change_as_the_graph_of_a_gpu_changes_them():
+    views = [np.concatenate([noise(6, 20, 20, 3), np.zeros((1, 20, 20, 3), np.uint8)])] * 8
+    changes = [
+        np.stack(
+            [rng.uniform(*ends, 7) for ends in [(0.25, 4), (0.7, 1.4), (-0.1, 0.1)] * 2], axis=1
+        ).astype(np.float32)
+        for _ in views
+    ]
+
+    def both(view, change):
+        args: Any = (view, change[:, 0:3], change[:, 3:6], 7)
+        # Its arithmetic is DALI's on either backend.
+        return ops.change_saturation_and_value(*args, "cpu"), arithmetic(*args)
+
+    def arithmetic(*args):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ops, "on", lambda node, device: node)
+            return ops.change_saturation_and_value(*args, "gpu")
+
+    same_but_for_rounding(*run(both, views, changes))
+
+
 @pytest.mark.parametrize("shape", [(40, 50), (5, 7), (2, 30)])
 def test_blur_is_as_wide_as_dali_s(shape):
     images = [noise(*shape, 3) for _ in range(12)]
@@ -191,3 +215,28 @@ def test_the_number_of_threads_changes_nothing():
     (one,), (four,) = run(graph, images, regions, threads=1), run(graph, images, regions, threads=4)
 
     np.testing.assert_array_equal(one, four)
+
+
+def test_a_cache_that_can_not_be_read_costs_time_and_no_more(tmp_path, checkout, environ):
+    turn = (
+        "import numpy as np; from tests import test_cpu_kernels as t;"
+        "t.test_turns_are_exact(5); print('turned')"
+    )
+
+    def start() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", turn],
+            cwd=checkout,
+            env=environ | {"NUMBA_CACHE_DIR": str(tmp_path)},
+            capture_output=True,
+            text=True,
+        )
+
+    assert start().stdout == "turned\n"
+    indexes = list(tmp_path.rglob("*.nbi"))
+    assert indexes
+    for index in indexes:
+        index.write_bytes(b"")
+    again = start()
+
+    assert again.stdout == "turned\n", again.stderr

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.scale_points import listing
-from fastssl import doctor, doctor_recipe
+from fastssl import config, doctor, doctor_recipe
 from fastssl.doctor import Line
 
 GPU = {
@@ -116,6 +116,15 @@ def test_misuse_is_told_in_a_line_with_the_usage(arguments, found, capsys):
     assert found in captured.err
     assert doctor.USAGE in captured.err
     assert captured.out == ""
+
+
+def test_a_run_folder_that_training_would_refuse_fails(tmp_path, checkout):
+    (tmp_path / "somebody-s.txt").touch()
+    recipe = config.load(checkout / "recipes" / "rotation.yaml", [f"train.out={tmp_path}"])
+    (line,) = doctor_recipe._run_folder(recipe)
+
+    assert (line.state, line.what) == ("FAIL", "run folder")
+    assert "train.out=" in line.text
 
 
 def test_help_is_no_misuse(capsys):

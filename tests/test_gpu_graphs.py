@@ -15,7 +15,7 @@ from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.types import DALIDataType
 
 from fastssl import config, loader
-from pipelines.images import Encoded
+from pipelines.images import Encoded, Pixels
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 GRAPHS = sorted(
@@ -26,18 +26,20 @@ GRAPHS = sorted(
 RECIPES = sorted(path.stem for path in (CHECKOUT / "recipes").glob("*.yaml"))
 
 
-def on_the_gpu(graph, options) -> Pipeline:
+def on_the_gpu(graph, options, *, pixels=False, **loading) -> Pipeline:
     # A graph of GPU operators can be made and serialised anywhere; only building needs a device.
     pipeline = Pipeline(batch_size=2, num_threads=1, device_id=None, seed=0)
     with pipeline:
-        encoded, index = fn.external_source(
+        stored, index = fn.external_source(
             lambda: ([np.zeros(1, np.uint8)] * 2, [np.zeros(1, np.int64)] * 2),
             num_outputs=2,
             dtype=[DALIDataType.UINT8, DALIDataType.INT64],
-            ndim=[1, 1],
+            ndim=[3 if pixels else 1, 1],
+            layout=["HWC" if pixels else "", ""],
         )
-        outputs = graph(Encoded(encoded, loader.Options()), index, options, "gpu")
-        pipeline.set_outputs(*outputs.values())
+        image = Pixels(stored) if pixels else Encoded(stored, loader.Options(**loading))
+        outputs = graph(image, index, options, "gpu")
+        pipeline.set_outputs(*[node.gpu() for node in outputs.values()])
     pipeline.serialize()
     return pipeline
 
@@ -72,6 +74,26 @@ def test_every_operator_of_a_graph_has_a_kernel_on_the_gpu(name):
 
     assert without_kernel(pipeline) == []
     assert "mixed" in {device for _, device in operators_of(pipeline)}  # decodes on the GPU
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        {"pixels": True},
+        {"decoder": "cpu"},
+        {"decoder": "cpu", "region": False},
+        {"region": False},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", GRAPHS)
+def test_every_way_to_store_and_decode_has_kernels_on_the_gpu(name, stored):
+    module = importlib.import_module(f"pipelines.{name}")
+    pipeline = on_the_gpu(module.graph, module.Options(), **stored)
+    mixed = {operator for operator, device in operators_of(pipeline) if device == "mixed"}
+
+    assert without_kernel(pipeline) == []
+    assert bool(mixed) == (stored == {"region": False})
 
 
 @pytest.mark.parametrize("overrides", [(), ("data.root=/somewhere",)], ids=["demo", "paper"])

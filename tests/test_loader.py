@@ -1,5 +1,6 @@
 """The loader: zero-copy channels-last batches, exact state, files that fail while training."""
 
+import gc
 import re
 import shutil
 from pathlib import Path
@@ -8,15 +9,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fastssl import order
 from fastssl.loader import DataError, Loader, Options, output_names, threads_per_process
-from pipelines import evaluation, pirl_jigsaw, single_view
+from pipelines import evaluation, jigsaw, pirl_jigsaw, single_view
 from pipelines.readers import folder
 
 COUNT = 40
 SMALL = pirl_jigsaw.Options(image_size=32, patches_crop=48, patch=12)
 SINGLE = single_view.Options(image_size=32)
+JIGSAW = jigsaw.Options(resize=54, crop=48, patch=12, permutations=24)
 
 
 @pytest.fixture
@@ -244,10 +247,67 @@ def test_every_way_to_decode_is_resumed_exactly(images, decoder, region):
     assert_same(take(resumed, 3), take(through, 3))
 
 
-def test_without_threads_all_cores_allowed_are_taken(images):
-    samples = listing(images)
+@pytest.mark.parametrize(("threads", "taken"), [(None, threads_per_process(1)), (3, 3)])
+def test_without_threads_all_cores_allowed_are_taken(images, threads, taken):
+    given = loader(listing(images), threads=threads)
+    next(given)
 
-    assert_same(take(loader(samples, threads=None), 2), take(loader(samples), 2))
+    assert given._running().num_threads == taken
+
+
+def test_a_closed_loader_frees_its_threads_and_goes_on_where_it_was(images):
+    samples = listing(images)
+    through, closed = loader(samples), loader(samples)
+    gc.collect()  # what earlier tests dropped
+    before = threads_of_this_process()
+    take(closed, 2)
+    assert threads_of_this_process() > before
+    closed.close()
+
+    assert threads_of_this_process() == before
+    assert_same(take(closed, 2), take(through, 4)[2:])
+
+
+def threads_of_this_process() -> int:
+    return len(list(Path("/proc/self/task").iterdir()))
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("graph", [(single_view, SINGLE), (jigsaw, JIGSAW)], ids=["crop", "255"])
+def test_a_damage_that_only_some_crops_meet_is_named_and_left_out(tmp_path, graph, seed):
+    dice = np.random.default_rng(seed)
+    for name in range(24):
+        pixels = dice.integers(0, 256, (96, 96, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{name:02}.jpg", quality=95)
+    content = (tmp_path / "05.jpg").read_bytes()
+    tail = len(content) // 3  # the end marker stays: the listing finds nothing
+    (tmp_path / "05.jpg").write_bytes(content[: -tail - 2] + b"\0" * tail + content[-2:])
+    lines: list[str] = []
+    given = loader(listing(tmp_path), graph=graph, seed=seed, said=lines)
+    take(given, 40)
+
+    assert list(given.skipped) == [5]
+    assert len(lines) == 1
+    assert "05.jpg" in lines[0]
+
+
+def test_region_and_whole_decoding_give_the_same_crops_of_a_jpeg(tmp_path):
+    smooth = np.linspace(0, 255, 200 * 160 * 3).reshape(200, 160, 3)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lies on its side
+    image = Image.fromarray(smooth.astype(np.uint8))
+    for name, options in {"a": {}, "b": {"subsampling": 0}, "c": {"exif": exif}}.items():
+        image.save(tmp_path / f"{name}.jpg", quality=95, **options)
+    samples = listing(tmp_path)
+    part, whole = (
+        take(loader(samples, graph=(jigsaw, JIGSAW), batch=3, region=region), 4)
+        for region in (True, False)
+    )
+
+    for one, other in zip(part, whole, strict=True):
+        apart = (one["patches"].int() - other["patches"].int()).abs()
+        assert apart.max() <= 1
+        assert (apart > 0).float().mean() < 0.01
 
 
 @pytest.mark.parametrize(

@@ -431,6 +431,26 @@ def test_a_folder_of_images_is_told_from_a_store(images, tmp_path):
     )
 
 
+def test_what_verify_found_is_remembered_until_a_file_changes(copy, tmp_path, monkeypatch):
+    given = packed.Options(root=str(copy), verify=True)
+    looked: list[int] = []
+    compare = packed._damaged
+    monkeypatch.setattr(packed, "_damaged", lambda *x: looked.append(1) or compare(*x))
+
+    def bad() -> list[int]:
+        samples = packed.list_samples(given, cache=tmp_path / "cache", say=lambda _: None)
+        return list(samples.bad)
+
+    assert bad() == bad() == []
+    assert len(looked) == 1
+    samples, _ = opened(copy)
+    with (copy / f"shard-{samples.shard[7]:05d}.bin").open("r+b") as file:
+        file.seek(int(samples.offset[7]))
+        file.write(b"\1\2\3\4\5")
+    assert bad() == bad() == [7]
+    assert len(looked) == 2
+
+
 def test_the_folder_reader_knows_a_store_too(stores):
     with pytest.raises(ValueError, match=r"is a packed store: read it with data\.use=pipelines"):
         listed(stores["jpeg"])

@@ -17,6 +17,7 @@ import time
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -129,14 +130,14 @@ def list_samples(options: Options, *, cache: Path | None, say: Callable[[str], N
 
     Args:
         options: of this reader.
-        cache: not needed: a store is its own listing.
+        cache: folder that remembers what `verify` found, so that processes and starts after the
+            first need not read the store again; it may be missing.
         say: is called with single lines for the user.
 
     Raises:
         ValueError: this is no store, or one of another version, or a file of it is missing, cut off
             or damaged; names the file and the remedy.
     """
-    del cache
     root = os.path.abspath(os.path.expanduser(options.root))
     manifest = read_manifest(root)
     columns = _columns(root, manifest)
@@ -144,7 +145,7 @@ def list_samples(options: Options, *, cache: Path | None, say: Callable[[str], N
     _check_shards(root, manifest)
     maps = tuple(_map(os.path.join(root, name)) for name, _ in manifest.shards)
     shards = tuple(np.frombuffer(each, np.uint8) for each in maps)
-    bad = _damaged(shards, columns, say) if options.verify else {}
+    bad = _verified(root, manifest, shards, columns, cache, say) if options.verify else {}
     _report(root, columns, bad, options, say)
     is_usable = np.ones(manifest.images, bool)
     is_usable[list(bad)] = False
@@ -347,10 +348,38 @@ def _announce(samples: Samples, rows: np.ndarray) -> None:
         samples.maps[shard].madvise(mmap.MADV_WILLNEED, start, length)
 
 
+def _verified(
+    root: str,
+    manifest: Manifest,
+    shards: tuple[np.ndarray, ...],
+    columns: dict[str, np.ndarray],
+    cache: Path | None,
+    say: Callable[[str], None],
+) -> dict[int, str]:
+    """As `_damaged`; remembered for as long as the store's files keep their times."""
+    files = [
+        os.path.join(root, name) for name in ("manifest.json", *(n for n, _ in manifest.shards))
+    ]
+    seen = [(os.path.realpath(path), os.stat(path).st_mtime_ns) for path in files]
+    seal = hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:32]
+    note = None if cache is None else cache / "verified" / f"{seal}.json"
+    reason = "its bytes are not those that were packed (CRC-32)"
+    if note is not None and note.exists():
+        return dict.fromkeys(json.loads(note.read_text(encoding="utf-8")), reason)
+    damaged = dict.fromkeys(_damaged(shards, columns, say), reason)
+    if note is not None:
+        part = note.with_suffix(f".{os.getpid()}.part")
+        with suppress(OSError):  # then the next process reads all again
+            note.parent.mkdir(parents=True, exist_ok=True)
+            part.write_text(json.dumps(list(damaged)), encoding="utf-8")
+            part.replace(note)
+    return damaged
+
+
 def _damaged(
     shards: tuple[np.ndarray, ...], columns: dict[str, np.ndarray], say: Callable[[str], None]
-) -> dict[int, str]:
-    """The rows whose bytes are not those that were written, with the reason."""
+) -> list[int]:
+    """The rows whose bytes are not those that were written."""
     count = len(columns["offset"])
 
     def compare(begin: int) -> list[int]:
@@ -363,12 +392,12 @@ def _damaged(
             if zlib.crc32(shards[shard][offset : offset + size]) != checksum
         ]
 
-    damaged: dict[int, str] = {}
+    damaged: list[int] = []
     last = time.monotonic()
     executor = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
     try:
         for done, rows in enumerate(executor.map(compare, range(0, count, 256)), 1):
-            damaged |= dict.fromkeys(rows, "its bytes are not those that were packed (CRC-32)")
+            damaged += rows
             if time.monotonic() - last > PROGRESS_SECONDS:
                 last = time.monotonic()
                 say(f"data: compared {min(done * 256, count):,} of {count:,} checksums")
