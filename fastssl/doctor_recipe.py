@@ -122,7 +122,9 @@ def _speed(recipe: Recipe, samples: Any, say: Callable[[str], None]) -> Iterator
 
     def disk() -> Iterator[Line]:
         assert loading.threads is not None, "resolved above"
-        yield from _disk(samples, loading.threads, rates)
+        all_of_them = replace(recipe.data.options, limit=None)  # files hold those that are left out
+        whole = recipe.data.module.list_samples(all_of_them, cache=demo.cache(), say=lambda _: None)
+        yield from _disk(whole, loading.threads, rates)
 
     def loads() -> Iterator[Line]:
         made = Loader(
@@ -204,7 +206,7 @@ def _pieces(samples: Any) -> tuple[list[Piece], float]:
         for offset in range(0, size - PIECE + 1, PIECE)
     ]
     dice.shuffle(pieces)
-    return pieces[:DISK_FILES], max(1.0, float(np.mean(samples.size)))
+    return pieces[:DISK_FILES], max(1.0, sum(size for _, size in files) / len(samples))
 
 
 def _drop(piece: Piece) -> bool:

@@ -272,18 +272,19 @@ def threads_of_this_process() -> int:
     return len(list(Path("/proc/self/task").iterdir()))
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("graph", [(single_view, SINGLE), (jigsaw, JIGSAW)], ids=["crop", "255"])
 def test_a_damage_that_only_some_crops_meet_is_named_and_left_out(tmp_path, graph, seed):
-    dice = np.random.default_rng(seed)
+    y, x = np.mgrid[0:200, 0:300]
     for name in range(24):
-        pixels = dice.integers(0, 256, (96, 96, 3), np.uint8)
-        Image.fromarray(pixels).save(tmp_path / f"{name:02}.jpg", quality=95)
-    content = (tmp_path / "05.jpg").read_bytes()
-    tail = len(content) // 3  # the end marker stays: the listing finds nothing
-    (tmp_path / "05.jpg").write_bytes(content[: -tail - 2] + b"\0" * tail + content[-2:])
+        pixels = np.stack([(x + name) % 256, y, x * y % 256], axis=-1).astype(np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{name:02}.jpg", quality=90)
+    samples = listing(tmp_path)
+    content = (tmp_path / "05.jpg").read_bytes()  # from here on a disk fails
+    lost = len(content) // 10
+    (tmp_path / "05.jpg").write_bytes(content[:-lost] + bytes(lost))
     lines: list[str] = []
-    given = loader(listing(tmp_path), graph=graph, seed=seed, said=lines)
+    given = loader(samples, graph=graph, seed=seed, said=lines)
     take(given, 40)
 
     assert list(given.skipped) == [5]
