@@ -4,6 +4,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 COMMANDS = ("stages", "tasks", "stores", "tune", "scale", "compare", "plot", "soak", "demos")
 USAGE = f"usage: python -m benchmarks COMMAND ...\n\nCOMMAND is one of: {', '.join(COMMANDS)}"
@@ -38,6 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 2
+
+
+def run_command(name: str) -> NoReturn:
+    """For `python -m benchmarks.NAME ...`, which is `python -m benchmarks NAME ...`."""
+    sys.exit(main([name, *sys.argv[1:]]))
 
 
 def _apply_common(parsed: argparse.Namespace) -> None:

@@ -8,12 +8,15 @@ loop is to be expected at min(L, G).
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from benchmarks.method import Measured
 from benchmarks.result import number, spread
 
 EVEN = 1.15  # loader and step within this factor of one another: neither binds alone
 SLOW = 0.05  # part of a rate that is worth a word
+FULL = 0.7  # of the loader's threads busy, from which on more cores may help beside a GPU
+PACK = "python -m fastssl.data pack"
 
 
 @dataclass(frozen=True)
@@ -25,14 +28,17 @@ class Setting:
     cores: int  # allowed
     limit: str | None = None  # what decoded for the limit; None: nobody
     pixels: bool = False  # the store holds pixels: nothing is decoded
+    together: bool = False  # images lie in a store that is mapped: the loader copies no bytes
+    region: bool = False  # no more of an image is decoded than the graph's crop
+    decoder: Literal["auto", "cpu"] = "auto"  # loader.decoder
 
 
 def derived(measured: Mapping[str, Measured], *, gpu: bool) -> dict[str, list[float]]:
     """Ratios within each repeat of one `method.alternate`.
 
     Args:
-        measured: read, decode, graph, loader, step and end_to_end; interference and decode_limit
-            where they were measured.
+        measured: read, graph, loader, step and end_to_end; decode where something is, and
+            interference and decode_limit where they were measured.
         gpu: whether loader and step overlap.
     """
     repeats = [
@@ -46,9 +52,10 @@ def derived(measured: Mapping[str, Measured], *, gpu: bool) -> dict[str, list[fl
         "stall": [1 - r["end_to_end"] / r["step"] for r in repeats],
         "overlap": [r["end_to_end"] / min(r["loader"], r["step"]) for r in repeats],
         "loader_to_graph": [r["loader"] / r["graph"] for r in repeats],
-        "loader_to_decode": [r["loader"] / r["decode"] for r in repeats],
         "loader_to_read": [r["loader"] / r["read"] for r in repeats],
     }
+    if "decode" in measured:
+        made["loader_to_decode"] = [r["loader"] / r["decode"] for r in repeats]
     if "interference" in measured:
         made["interference"] = [1 - r["interference"] / r["step"] for r in repeats]
     if "decode_limit" in measured:
@@ -70,12 +77,7 @@ def conclusions(measured: Mapping[str, Measured], setting: Setting) -> list[str]
     middle = {name: statistics.median(each) for name, each in ratios.items()}
     said = [_binding(rate, middle, cpu, setting), _loader(rate, cpu, setting)]
     if "decode_limit" in measured:
-        said.append(
-            f"The decode limit of this machine is {number(rate['decode_limit'])} images/s"
-            f" (libjpeg-turbo by {setting.limit}, {_threads(setting)}, whole images from memory):"
-            f" decoding reaches {_spread(ratios['decode_to_limit'])} of it, the loader"
-            f" {_spread(ratios['loader_to_limit'])}."
-        )
+        said.append(_limit(rate, ratios, setting))
     said.append(_loop(rate, ratios, setting))
     if "interference" in measured:
         said.append(_interference(rate, middle, setting))
@@ -93,7 +95,7 @@ def cold(read_cold: Sequence[float], loader: Sequence[float]) -> str:
         return (
             f"From the disk {spread(read_cold)} images/s can be read, fewer than the loader makes:"
             " while images are not in the page cache, as in a first epoch or with more data than"
-            " memory, storage binds the loader."
+            " memory, storage binds the loader, and faster storage would move it."
         )
     return (
         f"From the disk, not the page cache, {spread(read_cold)} images/s can be read:"
@@ -123,7 +125,7 @@ def _binding(
             f"The step binds ({rates}): {spare}; a GPU or a smaller network would move it, a faster"
             f" loader by no more than its part of the cores' time, {share:.1%}."
         )
-    remedy = _remedy(middle, cpu, on)
+    remedy = _remedy(rate, middle, cpu, on)
     if step > EVEN * loader:
         why = f"of the cores' time it takes {middle['expected'] / loader:.0%}"
         if on.gpu:
@@ -135,50 +137,87 @@ def _binding(
     )
 
 
-def _remedy(middle: Mapping[str, float], cpu: Mapping[str, float], on: Setting) -> str:
+def _remedy(
+    rate: Mapping[str, float], middle: Mapping[str, float], cpu: Mapping[str, float], on: Setting
+) -> str:
     """What makes the loader faster, by what its time goes to."""
-    more = "more cores"
-    if on.threads < on.cores:
-        more = f"all {on.cores} cores in place of {_threads(on)} (loader.threads)"
-    if middle["loader_to_read"] > 0.5:
-        return "faster storage, or a packed store (python -m fastssl.data pack),"
+    more = _more_cores(rate, cpu, on)
+    smaller = "smaller crops and fewer changes of colour"
+    if on.gpu and not more:
+        smaller += f" (the GPU's part binds: {_busy(rate, cpu, on)})"
+    if on.pixels:
+        return _either(*more, smaller)
+    if middle["loader_to_read"] > 0.5 and not on.together:
+        return f"a packed store in place of reading file by file from the page cache ({PACK})"
+    # Where only a part of each image is decoded, this is the most that decoding can take.
     decoding = middle["loader_to_decode"] if on.gpu else cpu["decode"] / cpu["loader"]
-    if decoding < 0.5 or on.pixels:
-        return f"{more}, or smaller crops and fewer changes of colour,"
-    if on.gpu:
-        return (
-            f"a packed store (python -m fastssl.data pack), {more}, or other settings of the"
-            " decoder (python -m benchmarks tune)"
-        )
-    return f"a packed store (python -m fastssl.data pack), {more}, or a GPU that decodes"
+    if decoding < 0.5:
+        return _either(*more, smaller)
+    pack = f"a packed store ({PACK})"
+    if on.together:
+        pack = f"a store of pixels ({PACK} --form raw)"
+    if not on.gpu:
+        return _either(pack, *more, "a GPU that decodes")
+    if on.decoder == "cpu":
+        return _either(pack, *more, "decoding on the GPU (loader.decoder=auto)")
+    return _either(pack, *more, "other settings of the decoder (python -m benchmarks tune)")
+
+
+def _more_cores(rate: Mapping[str, float], cpu: Mapping[str, float], on: Setting) -> list[str]:
+    """A remedy, or none where the threads that there are have time left."""
+    # Waiting for the GPU takes CPU time, too: few busy cores tell more than many.
+    if on.gpu and _cores_busy(rate, cpu) < FULL * on.threads:
+        return []
+    if on.threads < on.cores:
+        return [f"all {on.cores} cores in place of {_count(on.threads, 'thread')} (loader.threads)"]
+    return ["more cores"]
 
 
 def _loader(rate: Mapping[str, float], cpu: Mapping[str, float], on: Setting) -> str:
     """What the loader's time goes to."""
-    rates = ", ".join(f"{name} {number(rate[name])}" for name in ("read", "decode", "graph"))
-    rates = f"images/s: {rates}, loader {number(rate['loader'])}"
+    alone = [name for name in ("read", "decode", "graph") if name in rate]
+    rates = ", ".join(f"{name} {number(rate[name])}" for name in (*alone, "loader"))
+    rates = f"images/s: {rates}"
     if on.gpu:  # threads, decoder and GPU work on different batches at once: nothing to subtract
+        if on.region:
+            rates += "; decode is of whole images, where the graph decodes only its crop"
         return f"Of what runs side by side in the loader the slowest sets the pace ({rates})."
-    if cpu["decode"] > cpu["loader"]:
+    whole = cpu["loader"]
+    begins = f"An image takes {number(whole)} ms of CPU in the loader"
+    busy = _busy(rate, cpu, on)
+    if on.pixels:
         return (
-            f"An image takes {number(cpu['loader'])} ms of CPU in the loader, and decoded whole it"
-            f" alone takes {number(cpu['decode'])}: the graph decodes only the part that its crop"
-            f" needs ({rates})."
+            f"{begins}, the graph's alone: pixels are stored, nothing is decoded; {busy} ({rates})."
         )
-    shares = {
-        "reading": cpu["read"],
-        "bringing pixels" if on.pixels else "decoding": cpu["decode"] - cpu["read"],
-        "the rest of the graph": cpu["loader"] - cpu["decode"],
-    }
-    listed = ", ".join(f"{n} {max(0.0, ms) / cpu['loader']:.0%}" for n, ms in shares.items())
-    busy = rate["loader"] * cpu["loader"] / 1000
-    free = ""
-    if not on.pixels:
-        bound = rate["loader"] * cpu["loader"] / (cpu["loader"] - shares["decoding"])
+    reading = 0.0 if on.together else min(cpu["read"], whole)
+    if on.region:
+        read = "" if on.together else f", {reading / whole:.0%} of it for reading"
+        return (
+            f"{begins}{read}; only what the crop needs is decoded, so that no share of decoding can"
+            f" be told (whole images, alone: {number(cpu['decode'])} ms); {busy} ({rates})."
+        )
+    decoding = min(max(0.0, cpu["decode"] - reading), whole - reading)
+    rest = whole - reading - decoding
+    free, read = "", "" if on.together else f"reading {reading / whole:.0%}, "
+    if rest > SLOW * whole:
+        bound = rate["loader"] * whole / (whole - decoding)
         free = f"; were decoding free, L would be {number(bound)}"
     return (
-        f"An image takes {number(cpu['loader'])} ms of CPU in the loader: {listed}; {busy:.1f} of"
-        f" {on.cores} cores are busy{free} ({rates})."
+        f"{begins}: {read}decoding {decoding / whole:.0%}, the rest of the graph"
+        f" {rest / whole:.0%}; {busy}{free} ({rates})."
+    )
+
+
+def _limit(rate: Mapping[str, float], ratios: Mapping[str, Sequence[float]], on: Setting) -> str:
+    """On the packages that decode as fast as the cores can; a GPU's decoders are no part of it."""
+    name, beside = "decode limit", ""
+    if on.gpu:
+        name, beside = "CPU decode limit", "; a GPU's decoders may pass it"
+    return (
+        f"The {name} of this machine is {number(rate['decode_limit'])} images/s (libjpeg-turbo by"
+        f" {on.limit}, {_count(on.cores, 'thread')}, whole images from memory{beside}):"
+        f" decoding reaches {_spread(ratios['decode_to_limit'])} of it, the loader"
+        f" {_spread(ratios['loader_to_limit'])}."
     )
 
 
@@ -206,7 +245,9 @@ def _interference(rate: Mapping[str, float], middle: Mapping[str, float], on: Se
         return f"A loader that runs unconsumed beside the step leaves it its speed: {found}."
     why = "both use the cores, and a loop never asks for so many batches"
     if on.gpu:
-        why = "both use the GPU, and loader.decoder=cpu would take decoding off it"
+        why = "both use the GPU"
+        if on.decoder == "auto" and not on.pixels:
+            why += ", and loader.decoder=cpu would take decoding off it"
     return (
         f"A loader that runs as fast as it can beside the step, unconsumed, takes {lost:.0%} of its"
         f" speed ({found}): {why}."
@@ -219,8 +260,21 @@ def _spread(values: Sequence[float]) -> str:
     return middle if len(values) == 1 else f"{middle} ({min(values):.2f} - {max(values):.2f})"
 
 
-def _threads(on: Setting) -> str:
-    return f"{on.threads} thread" + ("s" if on.threads != 1 else "")
+def _cores_busy(rate: Mapping[str, float], cpu: Mapping[str, float]) -> float:
+    return rate["loader"] * cpu["loader"] / 1000
+
+
+def _busy(rate: Mapping[str, float], cpu: Mapping[str, float], on: Setting) -> str:
+    return f"{_cores_busy(rate, cpu):.1f} of {on.cores} cores are busy"
+
+
+def _either(*remedies: str) -> str:
+    *others, last = remedies
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def _count(count: int, name: str) -> str:
+    return f"{count} {name}" + ("s" if count != 1 else "")
 
 
 def _times(factor: float) -> str:

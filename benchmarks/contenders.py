@@ -1,7 +1,8 @@
 """Who takes part in `python -m benchmarks tasks`: each for the gate and for the clock.
 
 All have the same files, the same number of threads or workers, and batches of one size. Batches are
-wanted on the training device: what comes from a plain loader is copied there.
+wanted on the training device: what comes from a plain loader is copied there, to a GPU from pinned
+memory.
 """
 
 import random
@@ -129,11 +130,12 @@ def plain(task: Task, name: str, module: ModuleType, workers: int) -> Contender:
     """
     paths = task.paths
     made = module.dataset(task.graph, paths * -(-EPOCH // len(paths)), task.options, seed=0)
-    batches = _endless(module.loader(made, batch=task.batch, workers=workers))
+    is_gpu = task.device.type == "cuda"
+    batches = _endless(module.loader(made, batch=task.batch, workers=workers, pinned=is_gpu))
 
     def run() -> int:
         for tensor in next(batches).values():
-            tensor.to(task.device)
+            tensor.to(task.device, non_blocking=is_gpu)
         _finish(task.device)
         return task.batch
 
@@ -153,8 +155,8 @@ def plain_make(graph: str, module: ModuleType) -> gate.Make:
     return make
 
 
-def ffcv_contender(task: Task, python: str | None, temporary: Path) -> Contender:
-    """FFCV, from the bytes of the same JPEGs.
+def ffcv_contender(task: Task, python: str | None, temporary: Path) -> tuple[Contender, str]:
+    """FFCV, from the bytes of the same JPEGs; and its version.
 
     Raises:
         ffcv.Unavailable: it is not installed, or can't do the task.
@@ -165,7 +167,7 @@ def ffcv_contender(task: Task, python: str | None, temporary: Path) -> Contender
     def run() -> int:
         return worker.run()
 
-    return Contender("ffcv", run, worker.close, queue=worker.queue)
+    return Contender("ffcv", run, worker.close, queue=worker.queue), worker.version
 
 
 def ffcv_make(task: Task, python: str | None, temporary: Path) -> gate.Make:
@@ -202,5 +204,6 @@ def _endless(loader: "DataLoader[dict[str, Tensor]]") -> Generator[dict[str, Ten
 
 
 def _finish(device: torch.device) -> None:
+    """Waits for the batch alone: other streams may go on with the next ones."""
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        torch.cuda.current_stream(device).synchronize()

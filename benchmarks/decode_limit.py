@@ -1,8 +1,9 @@
-"""The decode limit of this machine: libjpeg-turbo on all its threads, and nothing else.
+"""The decode limit of this machine's CPU: libjpeg-turbo on all its threads, and nothing else.
 
 Whole images from memory to RGB, with the exact transform and the smooth chroma that DALI's CPU
 decoder has (the pixels are the same, bit by bit). Threads, since both packages release the GIL
-while they decode. Nothing that decodes whole images on the CPU can be faster.
+while they decode. A mark to measure by, no law: another decoder may pass it by a few percent (DALI
+at times does), a coarser transform too, and a GPU or who decodes only a part of each image by much.
 """
 
 import importlib.util

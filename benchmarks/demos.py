@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 from benchmarks import method, result
+from benchmarks.__main__ import run_command
 from benchmarks.result import Row
 from fastssl import journal
 
@@ -107,3 +108,7 @@ def line(demo: dict) -> str:
         for name in ("accuracy", "chance", "knn_before", "knn_after")
     ]
     return f"| {demo['recipe']} | {demo['seconds']:.0f} s | {' | '.join(numbers)} |"
+
+
+if __name__ == "__main__":
+    run_command("demos")

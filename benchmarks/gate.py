@@ -5,9 +5,12 @@ columns, green counts rows, blue tells the image. From a frame of its output fol
 image that it shows, mirrored or not, turned by how much. That is held against the labels, and over
 a batch against the ranges and probabilities of the options. Colours are off for that; a second
 batch tells the share of gray frames, and a third, made as the recipe says, whether colours change.
+Where a graph blurs, waves in the place of blue show in another batch how far each frame is blurred.
 """
 
 import dataclasses
+import functools
+import io
 import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +34,10 @@ ALARM = 1e-5  # a share that is so improbable is called wrong
 SIZES = ((240, 320), (320, 240))  # height and width of the images, by turns
 LOW, SPAN = 20, 215  # of red and green: the border of a picture, and what its width adds
 BLUES = tuple(range(40, 216, 25))  # of the images, over and over; a black border has none
+WAVES = 90  # how far blue goes up and down where it shows blur
+# Pixels of an image and a side of frame that a wave is long: of the frame, then, 5 to 14 pixels.
+WAVE = 1700
+SEEN = 0.5  # pixels: of less wide a blur a resize that is not quite as expected could be taken for
 OFF: dict[str, Any] = {
     **dict.fromkeys(("brightness", "contrast", "saturation", "hue", "grayscale"), 0.0),
     **dict.fromkeys(("components", "powers", "factors"), (1.0, 1.0)),
@@ -43,7 +50,7 @@ class UnfitError(ValueError):
 
 
 def check(contender: str, graph: str, options: Any, make: Make, *, images: int = IMAGES) -> None:
-    """Makes up to three batches and looks at them.
+    """Makes up to four batches and looks at them.
 
     Args:
         contender: who is checked; named in the message.
@@ -72,24 +79,41 @@ def check(contender: str, graph: str, options: Any, make: Make, *, images: int =
             if any(frames.colors for frames in task.frames):
                 batch = _arrays(make(paths, options), task, images)
             _check_colors(batch, task)
+            for frames in task.frames:
+                if frames.blur is not None:
+                    waves = Path(folder) / frames.name
+                    waves.mkdir()
+                    length = WAVE / frames.side
+                    batch = _arrays(make(_write_images(waves, images, length), still), task, images)
+                    _check_blur(batch[frames.name], frames, length)
     except UnfitError as unfit:
         raise UnfitError(f"{contender} does not do the task of {graph}: {unfit}") from None
 
 
-def _write_images(folder: Path, count: int) -> list[str]:
-    """JPEGs whose colours are places, nearly without loss; their names in the order of rows."""
+def _write_images(folder: Path, count: int, wave: float | None = None) -> list[str]:
+    """JPEGs whose colours are places, nearly without loss; their names in the order of rows.
+
+    With `wave`, blue goes up and down from left to right, once in so many pixels.
+    """
     paths = []
     for number in range(count):
-        height, width = _size(number)
-        pixels = np.empty((height, width, 3))
-        pixels[..., 0] = LOW + SPAN * (np.arange(width) + 0.5) / width
-        pixels[..., 1] = (LOW + SPAN * (np.arange(height) + 0.5) / height)[:, None]
-        pixels[..., 2] = BLUES[number % len(BLUES)]
         path = folder / f"{number:05}.jpg"
-        image = Image.fromarray(np.rint(pixels).astype(np.uint8))
-        image.save(path, quality=100, subsampling=0)
+        path.write_bytes(_image(*_size(number), BLUES[number % len(BLUES)], wave))
         paths.append(str(path))
     return paths
+
+
+@functools.lru_cache(maxsize=64)  # there are 16, and as many with waves of a length
+def _image(height: int, width: int, blue: int, wave: float | None) -> bytes:
+    columns = np.arange(width) + 0.5
+    pixels = np.empty((height, width, 3))
+    pixels[..., 0] = LOW + SPAN * columns / width
+    pixels[..., 1] = (LOW + SPAN * (np.arange(height) + 0.5) / height)[:, None]
+    pixels[..., 2] = blue if wave is None else 128 + WAVES * np.sin(2 * np.pi * columns / wave)
+    file = io.BytesIO()
+    image = Image.fromarray(np.rint(pixels).astype(np.uint8))
+    image.save(file, "JPEG", quality=100, subsampling=0)
+    return file.getvalue()
 
 
 def _size(number: int) -> tuple[int, int]:
@@ -461,6 +485,56 @@ def _check_colors(batch: dict[str, np.ndarray], task: Task) -> None:
 def _is_gray(frames: np.ndarray) -> np.ndarray:
     """Of frames [B, F, 3, S, S], which have no colour: [B, F]."""
     return np.ptp(frames, axis=2).max(axis=(-2, -1)) <= 1
+
+
+# -- blur ---------------------------------------------------------------------------------------
+
+
+def _check_blur(frames: np.ndarray, promised: Frames, wave: float) -> None:
+    """That as many frames [B, F, 3, S, S] are blurred as the option says, by widths that vary."""
+    assert promised.blur is not None, "asked for graphs that blur only"
+    widths = _blur_widths(frames, promised, wave).ravel()
+    low, high = promised.blur_sigma
+    visible = float(high >= SEEN) if high == low else (high - max(low, SEEN)) / (high - low)
+    visible = min(1.0, max(0.0, visible))  # of the blurred frames
+    blurred = widths > SEEN
+    what = f"{promised.name} is blurred by {SEEN} pixels or more"
+    _require_share(blurred, promised.blur * visible, what, "blur times what blur_sigma gives")
+    _require(
+        bool(widths.max() < 1.15 * high + 0.2) or not blurred.any(),
+        f"{promised.name} is blurred by up to {widths.max():.1f} pixels, not {low:g} ... {high:g}",
+    )
+    if blurred.sum() >= 8:  # of fewer, the spread says little
+        spread = (high - max(low, SEEN)) / math.sqrt(12)  # of what is drawn uniformly
+        _require(
+            float(widths[blurred].std()) > 0.5 * spread,
+            f"{promised.name} is always blurred by about {widths[blurred].mean():.1f} pixels, not "
+            f"{low:g} ... {high:g}",
+        )
+
+
+def _blur_widths(frames: np.ndarray, promised: Frames, wave: float) -> np.ndarray:
+    """The standard deviation [B, F] of each frame's blur, in its pixels, from how low waves are.
+
+    A Gaussian of width s leaves exp(-2 (pi s f)^2) of a wave of frequency f, and a bilinear resize
+    sinc(f)^2, with f counted in the wider of both images' pixels.
+    """
+    seen = _look(frames, promised)
+    images, count, _, side, _ = frames.shape
+    edge = min(6, side // 6)  # nearer to it blur sees the frame mirrored
+    inner = slice(edge, side - edge)
+    across = np.arange(side)[inner] + 0.5 - side / 2
+    blue = frames[..., 2, inner, inner].mean(axis=-2)  # [B, F, pixels]: waves go across
+    stretch = seen.stretch[..., 0]
+    heights = np.empty((images, count))
+    for row, frame in np.ndindex(images, count):
+        angle = 2 * np.pi * stretch[row, frame] * across / wave
+        parts = np.stack([np.ones_like(angle), np.cos(angle), np.sin(angle)], axis=1)
+        _, cosine, sine = np.linalg.lstsq(parts, blue[row, frame], rcond=None)[0]
+        heights[row, frame] = math.hypot(cosine, sine)
+    resized = np.sinc(np.maximum(stretch, 1) / wave) ** 2
+    left = np.clip(heights / (WAVES * resized), 1e-6, 1)
+    return np.sqrt(-np.log(left) / 2) / (np.pi * stretch / wave)
 
 
 # -- shared -------------------------------------------------------------------------------------

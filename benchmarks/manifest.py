@@ -5,6 +5,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -32,17 +33,23 @@ class Manifest(BaseModel):
     page_cache: PageCache | None  # whether the data was in it: a reading pass, or dropped
 
 
-def make(data: Path | None = None, page_cache: PageCache | None = None) -> Manifest:
+def make(
+    data: Path | None = None,
+    page_cache: PageCache | None = None,
+    versions: Mapping[str, str] | None = None,
+) -> Manifest:
     """The manifest of a measurement that ends now.
 
     Args:
         data: a path of the images.
         page_cache: "warm" if they had been read before, "cold" if they were put out of the cache.
+        versions: of packages of another interpreter (FFCV's); they stand beside this one's.
     """
+    facts = machine.facts()
     commit = _git("rev-parse", "HEAD")
     changes = _git("status", "--porcelain", "--untracked-files=no")
     return Manifest(
-        machine=machine.facts(),
+        machine={**facts, "versions": {**facts["versions"], **(versions or {})}},
         commit=commit or None,
         dirty=None if commit is None or changes is None else bool(changes),
         command=command(sys.orig_argv),

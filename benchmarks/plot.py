@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks import result
+from benchmarks.__main__ import run_command
 from benchmarks.result import Result, Row
 from benchmarks.scale import slope
 
@@ -300,3 +301,7 @@ def _name_last(figure: "Figure", text: str) -> None:
     """What the axis at the foot counts."""
     last: Any = figure.axes[-1]
     last.set_xlabel(text, color=INK)
+
+
+if __name__ == "__main__":
+    run_command("plot")

@@ -90,6 +90,8 @@ class Frames:
     gray: float = 0.0
     gray_each: bool = True
     colors: float = 0.0  # the greatest strength with which colours change
+    blur: float | None = None  # the probability; None: the graph has no such option
+    blur_sigma: Range = (0.0, 0.0)  # its width in pixels of the frame, uniform
     angle: str | None = None  # the output that says how frames are turned
     turns: int = 1  # how many values it can take
 
@@ -151,6 +153,8 @@ def _two_views(o: two_views.Options) -> Task:
             flip=o.flip,
             gray=o.grayscale,
             colors=_strength(o) if o.jitter > 0.2 else 0.01,
+            blur=o.blur,
+            blur_sigma=o.blur_sigma,
         )
         for name in ("query", "key")
     )

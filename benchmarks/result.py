@@ -28,7 +28,7 @@ class Row(BaseModel):
     unit: str  # "images/s", "s", "ms", "MB", ...; where not named in benchmarks.compare, no verdict
     values: Annotated[list[FiniteFloat], Field(min_length=1)]  # one a repeat, in the repeats' order
     cpu_ms: list[FiniteFloat] = []  # CPU milliseconds an image, one a repeat
-    step_ms: dict[str, FiniteFloat] = {}  # p50, p95, p99 of one batch
+    step_ms: dict[str, FiniteFloat] = {}  # p50 of one batch; p95 from 20 on, p99 from 100 on
     extra: dict[str, FiniteFloat | int | str | bool | None] = {}
 
 
@@ -53,6 +53,7 @@ def make(
     *,
     data: Path | None = None,
     page_cache: PageCache | None = None,
+    versions: Mapping[str, str] | None = None,
 ) -> Result:
     """A result measured just now.
 
@@ -63,13 +64,14 @@ def make(
         conclusions: what it means, in sentences.
         data: a path of the images, for the manifest.
         page_cache: "warm" after a reading pass, "cold" after `method.drop_from_cache`.
+        versions: of packages that took part in another interpreter.
     """
     return Result(
         benchmark=benchmark,
         settings={key: _plain(value) for key, value in settings.items()},
         rows=list(rows),
         conclusions=list(conclusions),
-        manifest=manifest.make(data, page_cache),
+        manifest=manifest.make(data, page_cache, versions),
     )
 
 

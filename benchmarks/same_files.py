@@ -10,10 +10,11 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from nvidia.dali import fn
 from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import Pipeline
 
@@ -39,9 +40,11 @@ class Files:
     samples: Any  # the listing
     rows: np.ndarray  # int64, of the listing
     seed: int  # of the order
-    contents: list[bytes]  # of the files, in that order; none where pixels are stored
+    # Of the files, in that order, the first `MEMORY` bytes; none where pixels are stored.
+    contents: list[bytes]
     pixels_stored: bool
     facts: dict[str, Any]  # numbers and texts for the result
+    together: bool = False  # in a store that is mapped into memory: the reader passes pointers
 
     def order(self, batch: int) -> Callable[[int], np.ndarray]:
         """The order plan of batches of so many images, as train.py makes it."""
@@ -97,7 +100,8 @@ def choose(
             facts["progressive"] = sum(jpeg.progressive for jpeg in jpegs) / len(jpegs)
             kinds = Counter(jpeg.subsampling for jpeg in jpegs)
             facts["subsampling"] = {kind: count / len(jpegs) for kind, count in kinds.items()}
-    return Files(reader, samples, rows, seed, contents, pixels_stored, facts)
+    together = not all(os.path.isfile(samples.path(int(row))) for row in rows)
+    return Files(reader, samples, rows, seed, contents, pixels_stored, facts, together)
 
 
 def spread_evenly(usable: np.ndarray) -> np.ndarray:
@@ -139,6 +143,23 @@ def read(image: Image, index: DataNode) -> list[DataNode]:
     return [image.data, index]
 
 
+def reading(files: Files) -> Body:
+    """`read`, and every byte is touched: pointers into a mapped store are no bytes read."""
+    return _copied if files.together else read
+
+
+def decodes_region(recipe: Recipe, samples: Any, loading: Options) -> bool:
+    """Whether the recipe's graph decodes no more of an image than its crop needs."""
+    decoding = _Decoding(loading.region)
+    made = Pipeline(batch_size=1, num_threads=1, device_id=None)  # pyright: ignore[reportArgumentType]  None: no GPU
+    with made:
+        image, index = recipe.data.module.source(
+            samples, lambda step: np.zeros(1, np.int64), decoding
+        )
+        recipe.pipeline.module.graph(image, index, recipe.pipeline.options, "cpu")
+    return decoding.asked and loading.region
+
+
 def cold_rates(
     files: Files, loading: Options, *, batch: int, repeats: int, seconds: float
 ) -> list[float] | str:
@@ -147,7 +168,7 @@ def cold_rates(
     One pass over the files a repeat, no longer than `seconds`.
     """
     paths = [files.samples.path(int(row)) for row in files.rows]
-    if not all(os.path.isfile(path) for path in paths):
+    if files.together:
         return "read_cold is left out: images lie together in a store that is mapped into memory"
     rates = []
     for _ in range(repeats):
@@ -165,6 +186,27 @@ def cold_rates(
         rates.append(min(images, len(files.rows)) / (time.perf_counter() - began))
     method.read_into_cache(paths)
     return rates
+
+
+def _copied(image: Image, index: DataNode) -> list[DataNode]:
+    copied = fn.copy(image.data)
+    assert isinstance(copied, DataNode)  # one image in, one out
+    return [copied, index]
+
+
+class _Decoding:
+    """Settings of decoding that remember whether a graph looked at `region`."""
+
+    decoder: Literal["auto", "cpu"] = "cpu"
+    hw_decoder_load = 0.0
+
+    def __init__(self, region: bool) -> None:
+        self._region, self.asked = region, False
+
+    @property
+    def region(self) -> bool:
+        self.asked = True
+        return self._region
 
 
 def _contents(reader: ModuleType, samples: Any, rows: np.ndarray) -> tuple[list[bytes], bool]:

@@ -19,9 +19,11 @@ import argparse
 import json
 import math
 import os
+import select
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -33,6 +35,7 @@ import psutil
 import torch
 
 from benchmarks import method, result, scale_points
+from benchmarks.__main__ import run_command
 from benchmarks.result import Row
 from fastssl import config, demo, machine
 
@@ -40,7 +43,7 @@ HELP = "time and memory as work grows, and the log-log slope"
 CHECKOUT = Path(__file__).resolve().parents[1]
 RECIPE = CHECKOUT / "recipes" / "pirl_jigsaw.yaml"
 ROW_BYTES = 128 * 4
-TIMEOUT = 600  # seconds of a point
+TIMEOUT = 600.0  # seconds of a point, and of what a process does before it is ready
 
 
 @dataclass(frozen=True)
@@ -244,39 +247,53 @@ def _children(
     Raises:
         RuntimeError: one failed; says how.
     """
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.scale_points", point, json.dumps(given)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=CHECKOUT,
-            env={"OMP_WAIT_POLICY": "passive", **os.environ},
-        )
-        for given in givens
-    ]
-    try:
-        for _ in range(rounds):
+    with tempfile.TemporaryDirectory(prefix="fastssl-scale-") as folder:
+        # what a child writes, up to 100,000 files, is removed even if it was killed
+        here = {"OMP_WAIT_POLICY": "passive", **os.environ, "TMPDIR": folder}
+        children = [
+            subprocess.Popen(
+                [sys.executable, "-m", "benchmarks.scale_points", point, json.dumps(given)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                cwd=CHECKOUT,
+                env=here,
+            )
+            for given in givens
+        ]
+        try:
+            for _ in range(rounds):
+                for child in children:
+                    _wait_until_ready(child)
+                for child in children:
+                    assert child.stdin is not None, "a pipe was asked for"
+                    child.stdin.write("go\n")
+                    child.stdin.flush()
+            found = []
             for child in children:
-                assert child.stdout is not None, "a pipe was asked for"
-                if child.stdout.readline() != "ready\n":
-                    raise RuntimeError(_end(child)[1])
+                said, how = _end(child)
+                if child.returncode != 0:
+                    raise RuntimeError(how)
+                found.append(json.loads(said.splitlines()[-1]))
+            return found
+        finally:
             for child in children:
-                assert child.stdin is not None, "a pipe was asked for"
-                child.stdin.write("go\n")
-                child.stdin.flush()
-        found = []
-        for child in children:
-            said, how = _end(child)
-            if child.returncode:
-                raise RuntimeError(how)
-            found.append(json.loads(said.splitlines()[-1]))
-        return found
-    finally:
-        for child in children:
-            child.kill()
-            child.communicate()
+                child.kill()
+                child.communicate()
+
+
+def _wait_until_ready(child: subprocess.Popen[str]) -> None:
+    """Reads the line that says so: nothing else is in the pipe, since the child waits then.
+
+    Raises:
+        RuntimeError: it ended instead, or took too long.
+    """
+    assert child.stdout is not None, "a pipe was asked for"
+    if not select.select([child.stdout], [], [], TIMEOUT)[0]:
+        raise RuntimeError(f"not ready after {TIMEOUT:g} s")
+    if child.stdout.readline() != "ready\n":
+        raise RuntimeError(_end(child)[1])
 
 
 def _end(child: subprocess.Popen[str]) -> tuple[str, str]:
@@ -284,6 +301,10 @@ def _end(child: subprocess.Popen[str]) -> tuple[str, str]:
     try:
         said, errors = child.communicate(timeout=TIMEOUT)
     except subprocess.TimeoutExpired:
-        return "", f"not done after {TIMEOUT} s"
+        return "", f"not done after {TIMEOUT:g} s"
     last = (errors.strip().splitlines() or ["nothing said"])[-1]
     return said, f"ended with {child.returncode}: {last}"
+
+
+if __name__ == "__main__":
+    run_command("scale")

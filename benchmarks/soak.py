@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from benchmarks import method, result
+from benchmarks.__main__ import run_command
 from benchmarks.result import Row
 from fastssl import config, order
 from fastssl.loader import Loader, Options, threads_per_process
@@ -62,6 +63,9 @@ def main(arguments: argparse.Namespace) -> int:
     """Soaks, prints the table and the verdict, writes the JSON; 1 where the loader failed."""
     if arguments.batches < WINDOWS:
         raise ValueError(f"--batches ({arguments.batches}) must be at least {WINDOWS}")
+    for name in ("batch", "images", "threads"):
+        if vars(arguments)[name] < 1:
+            raise ValueError(f"--{name} ({vars(arguments)[name]}) must be at least 1")
     data = (f"data.root={arguments.folder}", f"data.limit={arguments.images}")
     recipe = config.load(str(RECIPE), [*data, *SMALL])
     rows = soak(recipe, arguments.batches, arguments.batch, arguments.threads)
@@ -311,3 +315,7 @@ def _line(window: dict[str, float]) -> str:
         f"| {w['batches']:,} | {w['images_per_second']:.0f} | {w['cpu_ms_per_image']:.3f} "
         f"| {w['memory_mb']:.1f} | {w['files']} | {w['threads']} | {w['load']:.1f} |"
     )
+
+
+if __name__ == "__main__":
+    run_command("soak")

@@ -1,8 +1,8 @@
 """Each stage of a run alone, on the same files, and the loop: which of them binds.
 
   read          bytes through the recipe's reader, nothing behind it; read_cold: from the disk
-  decode        whole images, uint8, where the recipe decodes them
-  decode_limit  libjpeg-turbo on all threads, from memory
+  decode        whole images, uint8, where the recipe decodes them; none where pixels are stored
+  decode_limit  libjpeg-turbo on all allowed cores, from memory
   graph         the recipe's DALI graph, bare: pipe.run()
   loader        L: the same through fastssl.loader; the consumer does nothing
   step          G: forward, backward and optimizer on a batch that stays where it is
@@ -11,9 +11,12 @@
 All but read_cold is measured by turns in one process, on at most 1,000 of the recipe's images that
 were read before. A step takes the recipe's batch, or as much of it as a second and the GPU's memory
 allow: on a CPU that may be 2 images where a run has 1,024.
+
+Beside them, once: listing and first_batch (seconds), and gpu_memory (MB, by NVML).
 """
 
 import argparse
+import gc
 import os
 import statistics
 import threading
@@ -28,10 +31,12 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
+from nvidia.dali import backend as dali_backend
 from nvidia.dali.data_node import DataNode
 from torch import Tensor
 
-from benchmarks import binding, decode_limit, method, result, same_files, step
+from benchmarks import binding, decode_limit, method, promises, result, same_files, step
+from benchmarks.__main__ import run_command
 from benchmarks.method import Contender, Measured
 from benchmarks.result import Row, number
 from benchmarks.same_files import Files
@@ -129,6 +134,13 @@ class _Bench:
     loader_keeps_up: bool  # its queue is full at every step, from the first one on
     jpegs: list[bytes]  # for the decode limit
     limit: tuple[str, decode_limit.Decode] | None  # the package that decodes them
+    region: bool  # the graph decodes no more of an image than its crop
+    views: int  # of an image
+    patches: int
+    listing_seconds: float
+    first_seconds: float  # to the first batch
+    first_batch: int  # images
+    gpu_memory: dict[str, float]  # MB; none without a GPU
     settings: dict[str, Any]  # for the result
     remarks: list[str]  # for the user
 
@@ -167,16 +179,18 @@ def _prepare(recipe: Recipe, threads: int) -> _Bench:
             say=_say,
         )
 
-    memory = [_gpu_memory(device)]
-    began = time.perf_counter()
-    next(loader_of(loader_batch, same_files.spread_evenly(samples.usable)))
-    _finish(device)
-    first_seconds = time.perf_counter() - began
+    def first_batch() -> float:
+        began = time.perf_counter()
+        next(loader_of(loader_batch, same_files.spread_evenly(samples.usable)))
+        _finish(device)
+        return time.perf_counter() - began
 
+    memory = {"start": _gpu_memory(device)}
+    first_seconds, first_images = first_batch(), loader_batch
     files = same_files.choose(recipe, samples, loading, _say)
     loader = loader_of(loader_batch, files.rows)
     first = next(loader)
-    memory.append(_gpu_memory(device))
+    memory["loader"] = _gpu_memory(device)
     if device.type == "cpu":
         torch.set_num_threads(threads_per_process(1))
     step_once = step.make(recipe, samples)
@@ -187,15 +201,16 @@ def _prepare(recipe: Recipe, threads: int) -> _Bench:
         return next(loader_of(images, files.rows))
 
     resident, step_seconds = step.fitting(step_once, draw, asked, STEP_SECONDS)
-    memory.append(_gpu_memory(device))
+    memory["step"] = _gpu_memory(device)
     step_batch = len(next(iter(resident.values())))
     if step_batch > loader_batch:
         loader, loader_batch = loader_of(step_batch, files.rows), step_batch
 
     limit = decode_limit.decoder()
-    jpegs = []
+    jpegs: list[bytes] = []
     if limit is not None:
-        jpegs = decode_limit.decodable(files.contents, limit[1], loading.threads or 1)
+        jpegs = decode_limit.decodable(files.contents, limit[1], threads_per_process(1))
+    views, patches = _frames(recipe, first)
     settings = {
         "device": str(device),
         "precision": recipe.train.precision,
@@ -206,15 +221,16 @@ def _prepare(recipe: Recipe, threads: int) -> _Bench:
         "loader_batch": loader_batch,
         "step_batch": step_batch,
         "recipe_batch": asked,
-        "views": sum(value.ndim == 4 for value in first.values()),
-        "patches": sum(value.shape[1] for value in first.values() if value.ndim == 5),
+        "views": views,
+        "patches": patches,
         "images": files.facts,
-        "listing_seconds": listing_seconds,
-        "first_batch_seconds": first_seconds,
-        "first_batch": min(asked, LOADER_BATCH),
-        "gpu_memory_mb": dict(zip(("before", "loader", "step"), memory, strict=True)),
     }
     remarks = [_description(recipe, files, device, loading)]
+    if recipe.loader.threads is not None and recipe.loader.threads != threads:
+        remarks.append(
+            f"the loader has loader.threads={recipe.loader.threads}, as the recipe says: --threads"
+            f" ({threads}) counts where it says nothing"
+        )
     if step_batch < asked:
         remarks.append(
             f"a step of {asked:,} images {_why_not(device, asked, step_seconds, step_batch)}: step"
@@ -222,13 +238,11 @@ def _prepare(recipe: Recipe, threads: int) -> _Bench:
         )
     if step_seconds > SLOW_STEP:
         remarks.append(f"interference is left out: a step takes {step_seconds:.1f} s")
-    if limit is None:
-        remarks.append(f"decode_limit is left out: {decode_limit.REMEDY}")
-    elif not jpegs:
-        remarks.append("decode_limit is left out: none of the images is stored as a JPEG")
-    elif len(jpegs) < len(files.rows):
-        left_out = len(files.rows) - len(jpegs)
-        remarks.append(f"decode_limit: {left_out:,} images that are no RGB JPEGs are left out")
+    if files.together:
+        remarks.append("read copies the bytes, which the loader does not: the store is mapped")
+    if files.pixels_stored:
+        remarks.append("decode is left out: pixels are stored, nothing is decoded")
+    remarks += _limit_remarks(files, jpegs, limit is not None)
     return _Bench(
         recipe=recipe,
         files=files,
@@ -241,9 +255,16 @@ def _prepare(recipe: Recipe, threads: int) -> _Bench:
         resident=resident,
         step_batch=step_batch,
         step_seconds=step_seconds,
-        loader_keeps_up=step_seconds / step_batch > first_seconds / min(asked, LOADER_BATCH),
+        loader_keeps_up=step_seconds / step_batch > first_seconds / first_images,
         jpegs=jpegs,
         limit=limit,
+        region=same_files.decodes_region(recipe, samples, loading),
+        views=views,
+        patches=patches,
+        listing_seconds=listing_seconds,
+        first_seconds=first_seconds,
+        first_batch=first_images,
+        gpu_memory={stage: held for stage, held in memory.items() if held is not None},
         settings=settings,
         remarks=remarks,
     )
@@ -301,8 +322,8 @@ def _contenders(bench: _Bench) -> list[Contender]:
         return bench.step_batch
 
     contenders = [
-        bare("read", same_files.read, torch.device("cpu")),
-        bare("decode", decode, bench.device),
+        bare("read", same_files.reading(files), torch.device("cpu")),
+        *([] if files.pixels_stored else [bare("decode", decode, bench.device)]),
         bare("graph", task, bench.device),
         Contender("loader", load, queue=prefetch),
         Contender("step", train, queue=0 if bench.device.type == "cpu" else 1),
@@ -323,7 +344,7 @@ def _contenders(bench: _Bench) -> list[Contender]:
             bench.jpegs,
             bench.limit[1],
             batch=bench.loader_batch,
-            threads=bench.loading.threads or 1,
+            threads=threads_per_process(1),
         )
         contenders.insert(2, limit)
     return contenders
@@ -395,7 +416,30 @@ def _finish(device: torch.device) -> None:
 
 
 def _gpu_memory(device: torch.device) -> float | None:
-    return gpu_memory_mb(device.index or 0) if device.type == "cuda" else None
+    """MB that are in use; what nobody holds any more is given back first."""
+    if device.type != "cuda":
+        return None
+    gc.collect()  # a loader that is gone: its pipeline is full of cycles
+    dali_backend.ReleaseUnusedMemory()  # pyright: ignore[reportAttributeAccessIssue]  no stub
+    return gpu_memory_mb(device.index or 0)
+
+
+def _frames(recipe: Recipe, batch: dict[str, Tensor]) -> tuple[int, int]:
+    """How many views and patches of an image are in a batch.
+
+    Which outputs hold patches benchmarks/promises.py knows; of another graph, or with options that
+    it has no promise for, the one called patches.
+    """
+    try:
+        promised = promises.of(recipe.pipeline.use, recipe.pipeline.options).frames
+        patches = {each.name for each in promised if each.patches}
+    except ValueError:
+        patches = {"patches"}
+    counts = [0, 0]
+    for name, value in batch.items():
+        if value.ndim >= 4:
+            counts[name in patches] += value.shape[1] if value.ndim == 5 else 1
+    return counts[0], counts[1]
 
 
 # ---- What is said -------------------------------------------------------------------------------
@@ -410,8 +454,8 @@ def _rows(bench: _Bench, measured: dict[str, Measured], cold: list[float] | str)
         rate, extra = statistics.median(seen.rates), {}
         extra["batch"] = bench.step_batch if stage in of_step else bench.loader_batch
         if stage in ("graph", "loader", *of_step):
-            extra["views/s"] = rate * bench.settings["views"]
-            extra["patches/s"] = rate * bench.settings["patches"]
+            extra["views/s"] = rate * bench.views
+            extra["patches/s"] = rate * bench.patches
         else:
             extra["MB/s"] = rate * bench.files.facts["bytes"] / 1e6
         if stage in ("decode", "decode_limit"):
@@ -439,7 +483,41 @@ def _rows(bench: _Bench, measured: dict[str, Measured], cold: list[float] | str)
         rows.insert(
             1, Row(name="read_cold", group=group, unit="images/s", values=cold, extra=extra)
         )
-    return rows
+    return rows + _once(
+        bench.recipe.name,
+        bench.listing_seconds,
+        bench.first_seconds,
+        bench.first_batch,
+        bench.gpu_memory,
+    )
+
+
+def _once(
+    recipe: str, listing: float, first: float, images: int, gpu_memory: dict[str, float]
+) -> list[Row]:
+    """Rows of what is measured only once.
+
+    Args:
+        recipe: its name.
+        listing: seconds.
+        first: seconds to the first batch.
+        images: of that batch.
+        gpu_memory: MB, by what was there when it was read.
+    """
+    return [
+        Row(name="listing", group=recipe, unit="s", values=[listing]),
+        Row(name="first_batch", group=recipe, unit="s", values=[first], extra={"batch": images}),
+        *(  # a group each: for `compare`, group and name tell rows apart
+            Row(
+                name="gpu_memory",
+                group=f"{recipe}, {stage}",
+                unit="MB",
+                values=[held],
+                extra={"stage": stage},
+            )
+            for stage, held in gpu_memory.items()
+        ),
+    ]
 
 
 def _without_ratios(row: Row) -> Row:
@@ -458,14 +536,20 @@ def _conclusions(
         cores=threads_per_process(1),
         limit=None if bench.limit is None else bench.limit[0],
         pixels=bench.files.pixels_stored,
+        together=bench.files.together,
+        region=bench.region,
+        decoder=bench.loading.decoder,
     )
-    return [
+    said = [
         *binding.conclusions(measured, setting),
         cold if isinstance(cold, str) else binding.cold(cold, measured["loader"].rates),
-        f"The first batch ({bench.settings['first_batch']} images) was there"
-        f" {bench.settings['first_batch_seconds']:.1f} s after the listing, which took"
-        f" {bench.settings['listing_seconds']:.1f} s.",
+        f"The first batch ({bench.first_batch} images) was there {bench.first_seconds:.1f} s after"
+        f" the listing, which took {bench.listing_seconds:.1f} s.",
     ]
+    if bench.gpu_memory:
+        listed = ", ".join(f"{number(held)} at {at}" for at, held in bench.gpu_memory.items())
+        said.append(f"GPU memory held, in MB: {listed} (of {bench.step_batch} images).")
+    return said
 
 
 def _description(recipe: Recipe, files: Files, device: torch.device, loading: Options) -> str:
@@ -483,6 +567,31 @@ def _description(recipe: Recipe, files: Files, device: torch.device, loading: Op
     )
 
 
+def _limit_remarks(files: Files, jpegs: list[bytes], installed: bool) -> list[str]:
+    """Which images the decode limit leaves out, and why.
+
+    Args:
+        files: with `contents` as far as they are held in memory.
+        jpegs: those that libjpeg-turbo decodes.
+        installed: whether there is a package that calls it.
+    """
+    if not installed:
+        return [f"decode_limit is left out: {decode_limit.REMEDY}"]
+    if not jpegs:
+        return ["decode_limit is left out: none of the images is stored as a JPEG"]
+    said, held = [], len(files.contents)
+    if held < len(files.rows):
+        said.append(
+            f"decode_limit takes {held:,} of the {len(files.rows):,} images: no more than"
+            f" {same_files.MEMORY / 1e6:,.0f} MB of files are held in memory"
+        )
+    if len(jpegs) < held:
+        said.append(
+            f"decode_limit: {held - len(jpegs):,} images that are no RGB JPEGs are left out"
+        )
+    return said
+
+
 def _why_not(device: torch.device, asked: int, seconds: float, images: int) -> str:
     """Why a step has fewer images than the recipe's."""
     whole = asked * seconds / images
@@ -493,3 +602,7 @@ def _why_not(device: torch.device, asked: int, seconds: float, images: int) -> s
 
 def _say(text: str) -> None:
     print(text, flush=True)
+
+
+if __name__ == "__main__":
+    run_command("stages")

@@ -1,5 +1,6 @@
 """One process's training step, made as fastssl/train.py makes it, on whatever batch it is given."""
 
+import gc
 import math
 import time
 from collections.abc import Callable
@@ -14,6 +15,8 @@ from fastssl import optim, order, train
 from fastssl.config import Recipe
 
 LEAST = 2  # images: batch norm needs two values of a channel
+# What DALI and CUDA's libraries say, in a RuntimeError like any other, when memory is used up.
+NO_MEMORY = ("out of memory", "allocation failed", "Can't allocate", "bad_alloc", "ALLOC_FAILED")
 
 Step = Callable[[dict[str, Tensor]], None]
 
@@ -94,22 +97,44 @@ def fitting(
     """
     images = min(LEAST, most)
     while True:
-        try:
-            batch = draw(images)
-            took = _seconds(step, batch, warm_up=images == LEAST)
-        except torch.OutOfMemoryError as error:
+        tried = _tried(step, draw, images)
+        if tried is None:
             if images <= LEAST:
                 raise ValueError(
                     f"a step of {images} images does not fit the GPU's memory: give a smaller "
                     "network or smaller crops, or free the GPU"
-                ) from error
+                )
+            gc.collect()  # DALI's pipelines are full of cycles
             torch.cuda.empty_cache()
             most = images = images // 2
             continue
+        batch, took = tried
         larger = min(most, images * 2 ** int(math.log2(max(1.0, seconds / took))))
         if larger <= images:
             return batch, took
         images = larger
+
+
+def _tried(
+    step: Step, draw: Callable[[int], dict[str, Tensor]], images: int
+) -> tuple[dict[str, Tensor], float] | None:
+    """A batch and the seconds of its step; None where the memory does not do.
+
+    When this returns, what held the memory is gone: the batch, and the error's frames.
+    """
+    try:
+        batch = draw(images)
+        return batch, _seconds(step, batch, warm_up=images == LEAST)
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        return None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return any(words in str(error) for words in NO_MEMORY)
 
 
 def _seconds(step: Step, batch: dict[str, Tensor], *, warm_up: bool) -> float:

@@ -34,6 +34,7 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks import gate, method, result, same_files
+from benchmarks.__main__ import run_command
 from benchmarks.method import Contender, Measured
 from benchmarks.plain import ffcv
 from benchmarks.result import Row
@@ -147,7 +148,15 @@ def main(arguments: argparse.Namespace) -> int:
             "ffcv": next((worker.version for worker in workers.values()), None),
         }
         root = Path(arguments.data)
-        made = result.make("stores", rows, settings, conclusions, data=root, page_cache="warm")
+        made = result.make(
+            "stores",
+            rows,
+            settings,
+            conclusions,
+            data=root,
+            page_cache="warm",
+            versions={"ffcv": settings["ffcv"]} if settings["ffcv"] else None,
+        )
         result.write(arguments.out, made)
     return 0
 
@@ -194,8 +203,13 @@ def _shrunk(listing: folder_reader.Samples, folder: Path, long_side: int) -> fol
     """The images with at most that long side, without loss, as a listing of their own."""
     folder.mkdir()
     for row in listing.usable.tolist():
-        with Image.open(listing.path(row)) as file:
-            image = upright_rgb(file)
+        path = listing.path(row)
+        try:
+            with Image.open(path) as file:
+                image = upright_rgb(file)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            _say(f"{path} is left out: cannot be decoded: {' '.join(str(error).split())}")
+            continue
         image.thumbnail((long_side, long_side), FILTER)
         image.save(folder / f"{row:07}.png", compress_level=1)
     options = folder_reader.Options(root=str(folder))
@@ -327,3 +341,7 @@ def _spread(ratio: tuple[float, float, float]) -> str:
 
 def _say(line: str) -> None:
     print(line, flush=True)
+
+
+if __name__ == "__main__":
+    run_command("stores")

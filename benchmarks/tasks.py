@@ -13,15 +13,18 @@ For each recipe by turns in one process:
   bound         DALI at decoding and resizing alone: fastssl if all else were free
   decode_limit  libjpeg-turbo on all threads, whole images from memory
 A contender's figure is printed only after its labels were recovered from its pixels and its crops,
-flips and gray were found drawn as the recipe says (benchmarks/gate.py).
+flips, gray and blur were found drawn as the recipe says (benchmarks/gate.py). What fails on the way
+is told and left out, with exit code 1; the others go on.
 """
 
 import argparse
 import os
 import statistics
 import tempfile
-from collections.abc import Sequence
-from dataclasses import replace
+import textwrap
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 # As in fastssl/train.py: OpenMP's threads must not spin on cores that the loader's need.
@@ -29,7 +32,17 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 
-from benchmarks import contenders, decode_limit, gate, method, promises, result, same_files
+from benchmarks import (
+    bounds,
+    contenders,
+    decode_limit,
+    gate,
+    method,
+    promises,
+    result,
+    same_files,
+)
+from benchmarks.__main__ import run_command
 from benchmarks.contenders import Task
 from benchmarks.method import Contender, Measured
 from benchmarks.plain import ffcv, pil, tuned
@@ -45,6 +58,11 @@ RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 ALTERNATIVES = ("pil", "tuned", "ffcv")
 SECONDS = 2.0  # of a turn; 14 recipes take most of half an hour
 BATCH = {"cpu": 32, "cuda": 128}  # images
+# What a contender may die of: FFCV's process, DALI, a worker's file, memory; ValueError, of which
+# are `gate.UnfitError` and the loader's, is no user's mistake once measuring has begun.
+FAILURES = (ValueError, RuntimeError, OSError, MemoryError)
+
+Extra = dict[str, float | int | str | bool | None]
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,10 +93,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Measures, prints the table, writes the JSON; 1 if an alternative did not do its task.
+    """Measures, prints the table, writes the JSON of what there is; 1 if something failed.
 
     Raises:
-        ValueError: a mistake in the arguments, a recipe or the data; or fastssl does not do a task.
+        ValueError: a mistake in the arguments, a recipe or the data, told before anything is
+            measured.
     """
     names = [each for each in arguments.recipes if "=" not in each]
     overrides = [each for each in arguments.recipes if "=" in each]
@@ -88,66 +107,48 @@ def main(arguments: argparse.Namespace) -> int:
     batch = BATCH[device.type] if arguments.batch is None else arguments.batch
     if batch < 1:
         raise ValueError(f"--batch ({batch}) must be at least 1")
+    if "ffcv" in alternatives:
+        with suppress(ffcv.Unavailable):  # that is told recipe by recipe
+            ffcv.interpreter(arguments.ffcv_python)
     recipes = [
         config.load(str(path), [f"data.root={arguments.data}", *overrides])
         for path in (map(_recipe_file, names) if names else sorted(RECIPES.glob("*.yaml")))
     ]
+    for recipe in recipes:
+        promises.of(recipe.pipeline.use, recipe.pipeline.options)
+        bounds.resizes(recipe.pipeline.use)
     minutes = expected_minutes(
         len(recipes), len(alternatives), len(workers), arguments.repeats, arguments.seconds
     )
     stems = ", ".join(Path(recipe.path).stem for recipe in recipes)
     _say(f"{stems}, about {minutes:.0f} minutes")
-
-    rows: list[Row] = []
-    conclusions: list[str] = []
-    left_out: dict[str, str] = {}
-    failed = False
     listed: dict[str, Files] = {}
+    for recipe in recipes:
+        if _data(recipe) not in listed:  # most recipes read the same images
+            loading = replace(recipe.loader, threads=arguments.threads)
+            listed[_data(recipe)] = _choose(recipe, loading)
+
+    done = _Done()
     with tempfile.TemporaryDirectory() as temporary:
         for recipe in recipes:
-            loading = replace(recipe.loader, threads=arguments.threads)
-            key = f"{recipe.data.use} {recipe.data.options}"
-            if key not in listed:  # most recipes read the same images
-                listed[key] = _choose(recipe, loading)
             task = Task(
                 recipe=Path(recipe.path).stem,
                 graph=recipe.pipeline.use,
                 module=recipe.pipeline.module,
                 options=recipe.pipeline.options,
-                files=listed[key],
+                files=listed[_data(recipe)],
                 batch=batch,
-                loading=loading,
+                loading=replace(recipe.loader, threads=arguments.threads),
                 device=device,
             )
             _say(f"\n{task.recipe}")
-            gate.check("fastssl", task.graph, task.options, contenders.fastssl_make(task))
-            measuring = [contenders.fastssl(task), contenders.bound(task)]
-            limit = _decode_limit(task)
-            if limit is not None:
-                measuring.append(limit)
-            for name in alternatives:
-                try:
-                    made = _alternative(
-                        name,
-                        task,
-                        workers,
-                        arguments.seconds,
-                        arguments.ffcv_python,
-                        Path(temporary),
-                    )
-                except (ValueError, ffcv.Unavailable) as reason:
-                    _say(f"{name} is left out: {reason}")
-                    left_out[f"{task.recipe} {name}"] = str(reason)
-                    failed = failed or isinstance(reason, gate.UnfitError)
-                else:
-                    measuring.append(made)
-            measured = method.alternate(
-                measuring, repeats=arguments.repeats, seconds=arguments.seconds, say=_say
-            )
-            rows += rows_of(task, measured)
-            conclusions.append(conclusion(task.recipe, measured))
-    _say(f"\n{table(rows)}\n")
-    _say("\n".join(conclusions))
+            try:
+                _measure(task, alternatives, workers, arguments, Path(temporary), done)
+            except FAILURES as reason:
+                done.leave_out(task.recipe, reason, failed=True)
+    if done.rows:
+        _say(f"\n{table(done.rows)}\n")
+        _say("\n".join(done.conclusions))
     if arguments.out is not None:
         settings = {
             "recipes": {Path(recipe.path).stem: recipe.values["pipeline"] for recipe in recipes},
@@ -159,14 +160,86 @@ def main(arguments: argparse.Namespace) -> int:
             "workers_tried": workers,
             "repeats": arguments.repeats,
             "seconds": arguments.seconds,
-            "left_out": left_out,
+            "left_out": done.left_out,
             "note": arguments.note,
         }
         made = result.make(
-            "tasks", rows, settings, conclusions, data=arguments.data, page_cache="warm"
+            "tasks",
+            done.rows,
+            settings,
+            done.conclusions,
+            data=arguments.data,
+            page_cache="warm",
+            versions=done.versions,
         )
         result.write(arguments.out, made)
-    return int(failed)
+    return int(done.failed)
+
+
+@dataclass
+class _Done:
+    """What came out so far."""
+
+    rows: list[Row] = field(default_factory=list)
+    conclusions: list[str] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)  # a recipe, or one and who -> why
+    versions: dict[str, str] = field(default_factory=dict)  # of FFCV
+    failed: bool = False
+
+    def leave_out(self, who: str, reason: object, *, failed: bool) -> None:
+        """Says why in a line."""
+        text = textwrap.shorten(str(reason), 300, placeholder=" ...") or type(reason).__name__
+        _say(f"{who} is left out: {text}")
+        self.left_out[who] = text
+        self.failed = self.failed or failed
+
+
+def _measure(
+    task: Task,
+    alternatives: Sequence[str],
+    workers: Sequence[int],
+    arguments: argparse.Namespace,
+    temporary: Path,
+    done: _Done,
+) -> None:
+    """Adds a recipe's rows to `done`; what fails of fastssl or while measuring is raised."""
+    gate.check("fastssl", task.graph, task.options, contenders.fastssl_make(task))
+    measuring = [contenders.fastssl(task), contenders.bound(task)]
+    extras: dict[str, Extra] = {}
+    try:
+        limit = _decode_limit(task)
+        if limit is not None:
+            measuring.append(limit)
+        for name in alternatives:
+            who = f"{task.recipe} {name}"
+            if task.files.together:
+                done.leave_out(
+                    who, "its images lie together in a store, not in files", failed=False
+                )
+                continue
+            try:
+                made, extras[name] = _alternative(
+                    name, task, workers, arguments.seconds, arguments.ffcv_python, temporary
+                )
+            except ffcv.Unavailable as reason:
+                done.leave_out(who, reason, failed=False)
+            except FAILURES as reason:
+                # any other ValueError says that it has no version of the task
+                known = isinstance(reason, ValueError) and not isinstance(reason, gate.UnfitError)
+                done.leave_out(who, reason, failed=not known)
+            else:
+                measuring.append(made)
+        measured = method.alternate(
+            measuring, repeats=arguments.repeats, seconds=arguments.seconds, say=_say
+        )
+    finally:  # once more where `alternate` did it
+        for contender in measuring:
+            if contender.close is not None:
+                contender.close()
+    if "ffcv" in measured:
+        done.versions["ffcv"] = str(extras["ffcv"]["version"])
+    done.rows += rows_of(task, measured, extras)
+    done.conclusions.append(conclusion(task.recipe, measured))
 
 
 def expected_minutes(
@@ -178,13 +251,15 @@ def expected_minutes(
     return recipes * ((turns + sweep) * (seconds + 1) + 15) / 60
 
 
-def rows_of(task: Task, measured: dict[str, Measured]) -> list[Row]:
-    """The contenders of a recipe: images/s, and what else the table tells."""
+def rows_of(
+    task: Task, measured: dict[str, Measured], extras: Mapping[str, Extra] | None = None
+) -> list[Row]:
+    """The contenders of a recipe: images/s, and what else is told of them."""
     views, patches = count_frames(task)
     ours = measured["fastssl"]
     rows = []
     for name, each in measured.items():
-        extra: dict[str, float | int | str | bool | None] = {"batch": task.batch}
+        extra: Extra = {"batch": task.batch, **(extras or {}).get(name, {})}
         if name == "fastssl":
             extra |= {"views": views, "patches": patches}
         else:  # of fastssl to this one: median, least and greatest
@@ -264,8 +339,8 @@ def _alternative(
     seconds: float,
     python: str | None,
     temporary: Path,
-) -> Contender:
-    """One that has passed the gate.
+) -> tuple[Contender, Extra]:
+    """One that has passed the gate, and what its row tells of it: its workers, or its version.
 
     Raises:
         gate.UnfitError: it does not do the task.
@@ -275,11 +350,13 @@ def _alternative(
     if name == "ffcv":
         make = contenders.ffcv_make(task, python, temporary)
         gate.check(name, task.graph, task.options, make)
-        return contenders.ffcv_contender(task, python, temporary)
+        contender, version = contenders.ffcv_contender(task, python, temporary)
+        return contender, {"version": version, "workers": task.threads}
     module = {"pil": pil, "tuned": tuned}[name]
     gate.check(name, task.graph, task.options, contenders.plain_make(task.graph, module))
     if name == "pil" or len(workers) == 1:
-        return contenders.plain(task, name, module, task.threads if name == "pil" else workers[0])
+        count = task.threads if name == "pil" else workers[0]
+        return contenders.plain(task, name, module, count), {"workers": count}
     measured = method.alternate(
         [contenders.plain(task, str(count), module, count) for count in workers],
         repeats=1,
@@ -288,9 +365,9 @@ def _alternative(
     )
     rates = {count: measured[str(count)].rates[0] for count in workers}
     best = max(workers, key=lambda count: rates[count])
-    told = ", ".join(f"{count}: {rate:.0f}" for count, rate in rates.items())
+    told = ", ".join(f"{count}: {result.number(rate)}" for count, rate in rates.items())
     _say(f"{name}: images/s by workers {told}; {best} is taken")
-    return contenders.plain(task, name, module, best)
+    return contenders.plain(task, name, module, best), {"workers": best}
 
 
 def _decode_limit(task: Task) -> Contender | None:
@@ -303,6 +380,11 @@ def _decode_limit(task: Task) -> Contender | None:
         _say("decode_limit is left out: none of the images is a JPEG")
         return None
     return decode_limit.contender(jpegs, limit[1], batch=task.batch, threads=task.threads)
+
+
+def _data(recipe: Recipe) -> str:
+    """What tells one set of images from another."""
+    return f"{recipe.data.use} {recipe.data.options}"
 
 
 def _choose(recipe: Recipe, loading: Options) -> Files:
@@ -354,3 +436,7 @@ def _ratio(row: Row | None) -> str:
 
 def _say(line: str) -> None:
     print(line, flush=True)
+
+
+if __name__ == "__main__":
+    run_command("tasks")

@@ -24,6 +24,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from benchmarks import halving, method, result
+from benchmarks.__main__ import run_command
 from benchmarks.halving import Turn
 from benchmarks.tune_loaders import (
     Images,
@@ -339,3 +340,7 @@ def told_of_batches(turns: Turns, base: int) -> str:
         ratio = method.ratio(measured[best], measured[base])
         said += f", {ratio[0]:.3f} ({ratio[1]:.3f} - {ratio[2]:.3f}) times those of {base}"
     return f"{said}; the block leaves the batch as it is, for it changes what is learnt."
+
+
+if __name__ == "__main__":
+    run_command("tune")

@@ -104,6 +104,7 @@ class Running:
         """Ends the threads and frees the memory."""
         if self._loader is not None:
             self._images.leave_out(self._loader.skipped)
+            self._loader.close()
         self._loader = None
 
 

@@ -2,7 +2,9 @@
 
 import importlib
 import json
+import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +34,17 @@ def test_every_command_says_what_it_is_for_and_which_options_it_has(name, capsys
     assert command.HELP in printed
     assert "\n" not in command.HELP
     assert "--help" in printed
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_s_module_is_the_command_too(name, capsys, monkeypatch):
+    command = importlib.import_module(f"benchmarks.{name}")
+    monkeypatch.setattr(sys, "argv", ["program", "--no-such-option"])
+    with pytest.raises(SystemExit) as exited:
+        runpy.run_path(str(command.__file__), run_name="__main__")
+
+    assert exited.value.code == 2
+    assert capsys.readouterr().err.startswith(f"usage: python -m benchmarks {name} ")
 
 
 def test_without_a_command_those_that_exist_are_named(capsys):
@@ -141,6 +154,14 @@ def test_a_manifest_says_what_a_measurement_depends_on(tmp_path, checkout):
     assert (found.dirty is None) == (found.commit is None)
 
 
+def test_versions_of_another_interpreter_stand_beside_this_one_s():
+    found = manifest.make(versions={"ffcv": "1.0.2"}).machine["versions"]
+
+    assert isinstance(found, dict)
+    assert found["ffcv"] == "1.0.2"
+    assert {"torch", "nvidia-nvimgcodec-cu12"} <= found.keys()
+
+
 def test_a_command_is_kept_as_it_would_be_typed():
     typed = manifest.command(["/usr/bin/python3", "-m", "benchmarks", "stages", "a b.yaml"])
 
@@ -164,21 +185,30 @@ def test_a_table_shows_median_and_spread_and_no_empty_column():
 # ---- Demos --------------------------------------------------------------------------------------
 
 
-def run(out: Path, environ, checkout, command: str, *arguments: str, code: int = 0):
-    """As users start it, in a process of its own: what it printed and the result."""
-    line = [sys.executable, "-m", "benchmarks", command, *arguments, "--out", str(out)]
-    done = subprocess.run(line, env=environ, cwd=checkout, capture_output=True, text=True)
-    assert done.returncode == code, done.stdout + done.stderr
-    written = result.read(out)
-    assert written.benchmark == command
-    assert written.manifest.command.startswith(f"python -m benchmarks {command} ")
-    return done, written
+@pytest.fixture
+def demo(environ, checkout, monkeypatch, tmp_path, capsys):
+    """The command in this process; the run that it starts has one of its own."""
+    monkeypatch.chdir(checkout)
+    for name in set(os.environ).difference(environ):
+        if not name.startswith("PYTEST"):  # which it counts on
+            monkeypatch.delenv(name)
+    for name in ("HF_HOME", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, environ[name])
+
+    def run(*arguments: str, code: int = 0):
+        out = tmp_path / "out.json"
+        assert main(["demos", *arguments, "--out", str(out)]) == code
+        written = result.read(out)
+        assert written.benchmark == "demos"
+        return capsys.readouterr(), written
+
+    return run
 
 
-def test_a_demo_s_numbers_are_those_of_its_run(tmp_path, environ, checkout):
+def test_a_demo_s_numbers_are_those_of_its_run(tmp_path, demo):
     quick = ["train.steps=3", "train.log_steps=1", "probe.images=64", f"--runs={tmp_path}"]
     recipe = "recipes/pirl_jigsaw.yaml"
-    done, written = run(tmp_path / "out.json", environ, checkout, "demos", recipe, *quick)
+    done, written = demo(recipe, *quick)
     lines = journal.read(tmp_path / "pirl_jigsaw")
     rows = {row.name: row for row in written.rows}
 
@@ -190,16 +220,16 @@ def test_a_demo_s_numbers_are_those_of_its_run(tmp_path, environ, checkout):
     assert rows["accuracy"].extra["first"] == logged[0]
     before, after = [line["accuracy"] for line in lines if "probe" in line]
     assert (rows["kNN before"].values, rows["kNN after"].values) == ([before], [after])
-    assert f"| {100 * before:.1f} % | {100 * after:.1f} % |\n" in done.stdout
+    assert f"| {100 * before:.1f} % | {100 * after:.1f} % |\n" in done.out
 
 
-def test_a_demo_that_fails_is_told_and_counts(tmp_path, environ, checkout):
+def test_a_demo_that_fails_is_told_and_counts(demo):
     wrong = ["recipes/pirl_jigsaw.yaml", "optim.lr=-1.0"]
-    done, written = run(tmp_path / "out.json", environ, checkout, "demos", *wrong, code=1)
+    done, written = demo(*wrong, code=1)
     (row,) = written.rows
 
-    assert "| pirl_jigsaw | failed (1) |" in done.stdout
-    assert "optim: lr (-1.0) must be above 0" in done.stderr
+    assert "| pirl_jigsaw | failed (1) |" in done.out
+    assert "optim: lr (-1.0) must be above 0" in done.err
     assert row.extra == {"exit_code": 1}
 
 
@@ -218,6 +248,17 @@ def test_a_demo_without_a_probe_has_no_knn():
 
 
 # ---- Soak ---------------------------------------------------------------------------------------
+
+
+def run(out: Path, environ, checkout, command: str, *arguments: str):
+    """As users start it, in a process of its own: what it printed and the result."""
+    line = [sys.executable, "-m", "benchmarks", command, *arguments, "--out", str(out)]
+    done = subprocess.run(line, env=environ, cwd=checkout, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    written = result.read(out)
+    assert written.benchmark == command
+    assert written.manifest.command.startswith(f"python -m benchmarks {command} ")
+    return done, written
 
 
 def test_a_soak_of_seconds_ends_with_a_verdict(demo_images, tmp_path, environ, checkout):
@@ -318,6 +359,8 @@ def test_a_soak_fails_for_memory_for_files_and_for_resumes(fault):
     [
         (["/nowhere/at/all"], "data.root: there is no folder /nowhere/at/all"),
         (["/nowhere", "--batches", "39"], "--batches (39) must be at least 40"),
+        (["/nowhere", "--batch", "0"], "--batch (0) must be at least 1"),
+        (["/nowhere", "--images", "0"], "--images (0) must be at least 1"),
     ],
 )
 def test_a_soak_that_cannot_start_says_why(arguments, message, capsys):

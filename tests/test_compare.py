@@ -4,6 +4,7 @@ import math
 from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks import compare, result
@@ -14,16 +15,22 @@ from benchmarks.result import Row
 @pytest.fixture(scope="module")
 def blank() -> result.Result:
     """A result of this machine without a row."""
-    return result.make("stages", [], {"batch": 64})
+    return result.make("scale", [], {"batch": 64})
 
 
 @pytest.fixture
 def judged(blank, tmp_path: Path, capsys):
     """Exit code and what was printed, for the rows of A and B."""
 
-    def run(a: list[Row], b: list[Row], *options: str, changed: dict | None = None):
+    def run(
+        a: list[Row],
+        b: list[Row],
+        *options: str,
+        changed: dict | None = None,
+        benchmark: str = "scale",
+    ):
         paths = [tmp_path / "a.json", tmp_path / "b.json"]
-        result.write(paths[0], blank.model_copy(update={"rows": a}))
+        result.write(paths[0], blank.model_copy(update={"rows": a, "benchmark": benchmark}))
         result.write(paths[1], blank.model_copy(update={"rows": b, **(changed or {})}))
         code = main(["compare", *map(str, paths), *options])
         return code, capsys.readouterr().out
@@ -95,6 +102,7 @@ def test_rows_are_matched_by_group_name_and_size(judged):
     assert "| images: listing 10 | s | 1.01 (1 - 1.02) | 2.02 (2 - 2.04) | 2.000 (" in printed
     assert "| images: listing 100 | s | 10.1 (10 - 10.2) | 10.1 (10 - 10.2) | 1.000 (" in printed
     assert "missing in B: gone\nnew in B: new\n" in printed
+    assert printed.endswith("\nB lacks gone, unit\n")
     assert "not compared: unit is in images/s in A, in s in B" in printed
 
 
@@ -115,6 +123,96 @@ def test_another_machine_another_version_and_other_work_are_told(judged, blank):
     assert "-> 1.0" in machines
     assert "WARNING: the work was another: batch 64 -> 32\n" in printed
     assert "WARNING" not in judged([row(STEADY)], [row(STEADY)])[1]
+
+
+FASTER, SLOWER = [129.0, 130.0, 131.0], [69.0, 70.0, 71.0]
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "name"),
+    [
+        *(("tasks", name) for name in ("pil", "tuned", "ffcv", "bound", "decode_limit")),
+        *(("stages", name) for name in ("decode_limit", "interference", "read_cold")),
+        ("stores", "ffcv"),
+    ],
+)
+def test_a_row_of_the_machine_or_of_other_people_s_code_is_told_and_not_judged(
+    judged, benchmark, name
+):
+    ours = row(STEADY, name="fastssl" if benchmark != "stages" else "loader")
+    both = [ours, row(STEADY, name=name)]
+    slower = [ours, row(SLOWER, name=name)]
+    changed = {"benchmark": benchmark}
+    code, printed = judged(both, slower, changed=changed, benchmark=benchmark)
+
+    assert f"not judged: {name} x0.70 in images/s\n" in printed
+    assert f"| {name} |" not in printed
+    if name != "decode_limit":  # of which others are a part
+        assert code == 0
+        assert "0 of 1 quantities are worse" in printed
+    assert judged(both, [ours], changed=changed, benchmark=benchmark)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("ours", "limit", "verdict"),
+    [
+        (SLOWER, SLOWER, "same"),  # the machine was slower
+        (FASTER, FASTER, "same"),
+        (STEADY, FASTER, "worse"),  # the machine made up for it
+        (STEADY, SLOWER, "better"),
+    ],
+)
+def test_a_machine_that_is_slower_or_faster_cancels(judged, ours, limit, verdict):
+    def rows(values: list[float], limits: list[float], **more) -> list[Row]:
+        named = [row(values, name="fastssl", **more), row(limits, name="decode_limit")]
+        return [each.model_copy(update={"group": "jigsaw"}) for each in named]
+
+    before, after = rows(STEADY, STEADY), rows(ours, limit)
+    code, printed = judged(before, after, changed={"benchmark": "tasks"}, benchmark="tasks")
+    on_gpu = {"benchmark": "tasks", "settings": {"device": "cuda:0"}}
+    raw = {70: "worse", 130: "better", 100: "same"}[int(ours[1])]
+
+    assert f"| {verdict} |" in printed
+    assert code == int(verdict == "worse")
+    assert f"jigsaw: decode_limit x{limit[1] / 100:.2f} in images/s" in printed
+    # there the limit, which is the CPU's, tells nothing
+    assert f"| {raw} |" in judged(before, after, changed=on_gpu, benchmark="tasks")[1]
+
+
+def test_what_tune_tried_only_once_is_not_missed(judged):
+    both = [row(STEADY), row(STEADY, name="threads=2")]
+
+    assert judged(both, [row(STEADY)])[0] == 1
+    assert judged(both, [row(STEADY)], changed={"benchmark": "tune"}, benchmark="tune")[0] == 0
+
+
+def test_many_rows_of_noise_are_called_worse_no_more_often_than_one():
+    draw, files, alarms = np.random.default_rng(0), 100, 0
+    for _ in range(files):
+        rows = np.exp(0.1 * draw.standard_normal((40, 2, 3)))
+        alarms += any(compare.holm([compare.chance_of_more(b, a) for a, b in rows]))
+
+    assert alarms <= 0.1 * files  # 5, but for chance
+
+
+def test_holm_asks_the_more_of_the_least_likely_the_more_there_are():
+    assert compare.holm([0.03, 0.01, 0.02]) == [True, True, True]
+    assert compare.holm([0.02, 0.02, 0.02]) == [False, False, False]
+    assert compare.holm([0.2, 0.001, 0.04]) == [False, True, False]
+    assert compare.holm([]) == []
+
+
+@pytest.mark.parametrize(
+    ("quantile", "chance"), [(0.0, 0.5), (2.132, 0.05), (4.604, 0.005), (-2.132, 0.95)]
+)
+def test_the_chance_is_student_s(quantile, chance):
+    a = np.exp([-0.1, 0.0, 0.1])
+    b = a * math.exp(quantile * 0.1 * math.sqrt(2 / 3))
+
+    assert compare.chance_of_more(a.tolist(), b.tolist()) == pytest.approx(chance, rel=2e-3)
+    assert compare.chance_of_more([2.0] * 3, [2.0] * 3) == 1
+    assert compare.chance_of_more([2.0] * 3, [3.0] * 3) == 0
+    assert compare.chance_of_more([2.0], [3.0]) == 1
 
 
 @pytest.mark.parametrize(("a", "b"), [(3, 3), (2, 5), (4, 4), (5, 4), (5, 5), (6, 3)])
@@ -167,7 +265,7 @@ def test_a_file_that_is_no_result_is_told_in_a_line(blank, text, message, tmp_pa
 @pytest.mark.parametrize(
     ("a", "b", "changed", "message"),
     [
-        ([row(STEADY)], [row(STEADY)], {"benchmark": "tune"}, "is of stages, .* of tune: compare"),
+        ([row(STEADY)], [row(STEADY)], {"benchmark": "tune"}, "is of scale, .* of tune: compare"),
         ([row(STEADY)], [row(STEADY, name="step")], {}, "have no row in common"),
         ([row(STEADY)] * 2, [row(STEADY)], {}, "two rows are called loader"),
     ],

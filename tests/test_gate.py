@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import contenders, gate, promises
-from benchmarks.plain import pil
+from benchmarks.plain import pil, tuned
 from fastssl.loader import Options
 from pipelines import colorization
 from tests import test_graphs
@@ -19,7 +20,8 @@ PIPELINES = {name: test_graphs.loaded(name).pipeline for name in RECIPES}  # at 
 OPTIONS: dict[str, Any] = {part.use: part.options for part in reversed(PIPELINES.values())}
 GRAPHS = sorted(OPTIONS)
 STRENGTHS = ("brightness", "contrast", "saturation", "hue")
-MADE: dict[tuple[str, str], dict[str, Tensor]] = {}
+MADE: dict[tuple[str, str, int, str], dict[str, Tensor]] = {}
+IMAGES = 32  # half of the gate's own: what is sabotaged here is so in half of the cases or more
 
 Batch = dict[str, Tensor]
 
@@ -33,7 +35,8 @@ def plain(graph: str) -> Callable[[Any, Any], Batch]:
     make = contenders.plain_make(graph, pil)
 
     def kept(paths, options) -> Batch:
-        key = (graph, repr(options))
+        folder = Path(paths[0]).parent.name  # of images with waves, the output's name
+        key = (graph, repr(options), len(paths), "" if folder.startswith("tmp") else folder)
         if key not in MADE:
             MADE[key] = dict(make(paths, options))
         return MADE[key]
@@ -59,13 +62,14 @@ def test_the_graph_of_every_recipe_passes(name):
         loading=Options(threads=1),
         device=torch.device("cpu"),
     )
-    gate.check("fastssl", part.use, part.options, contenders.fastssl_make(task))
+    make = contenders.fastssl_make(task)
+    gate.check("fastssl", part.use, part.options, make, images=IMAGES)
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_plain_version_of_every_recipe_passes(name):
     part = PIPELINES[name]
-    gate.check("pil", part.use, part.options, plain(part.use))
+    gate.check("pil", part.use, part.options, plain(part.use), images=IMAGES)
 
 
 # -- saboteurs ----------------------------------------------------------------------------------
@@ -76,6 +80,7 @@ def refused(
     match: str,
     change: Callable[[Batch], Batch] = lambda batch: batch,
     options: Any = None,
+    images: int = IMAGES,
     **asked: Any,
 ) -> None:
     """The gate refuses pil with a batch changed afterwards, or with other options than asked."""
@@ -85,7 +90,7 @@ def refused(
         return change(dict(make(paths, replace(options, **asked))))
 
     with pytest.raises(gate.UnfitError, match=match) as caught:
-        gate.check("saboteur", graph, options or OPTIONS[graph], saboteur)
+        gate.check("saboteur", graph, options or OPTIONS[graph], saboteur, images=images)
     assert str(caught.value).startswith(f"saboteur does not do the task of {graph}: ")
 
 
@@ -206,7 +211,11 @@ CROPS = [
 
 @pytest.mark.parametrize(("graph", "name", "asked"), CROPS)
 def test_crops_of_another_range_are_noticed(graph, name, asked):
-    refused(f"pipelines.{graph}", "shows", options=PIPELINES[name].options, **asked)
+    options = PIPELINES[name].options
+    images = (
+        gate.IMAGES if asked.get("image_area") == (0.02, 1.0) else IMAGES
+    )  # a rare one shows it
+    refused(f"pipelines.{graph}", "shows", options=options, images=images, **asked)
 
 
 @pytest.mark.parametrize(
@@ -253,6 +262,54 @@ def test_two_views_that_are_one_are_noticed(graph, one, other):
         )
 
     refused(graph, "are of the same part of an image|takes 1 values only", same)
+
+
+BLURRED = replace(OPTIONS["pipelines.two_views"], blur=0.5, blur_sigma=(0.1, 2.0))
+
+
+@pytest.mark.parametrize("size", [48, 224])
+def test_a_graph_that_blurs_passes(size):
+    options = replace(BLURRED, image_size=size)
+    part = PIPELINES["moco_v2"]
+    task = contenders.Task(
+        recipe="moco_v2",
+        graph=part.use,
+        module=part.module,
+        options=options,
+        files=None,  # pyright: ignore[reportArgumentType]  the gate brings its own
+        batch=1,
+        loading=Options(threads=1),
+        device=torch.device("cpu"),
+    )
+    for make in (
+        contenders.fastssl_make(task),
+        contenders.plain_make(part.use, pil),
+        contenders.plain_make(part.use, tuned),
+    ):
+        gate.check("honest", part.use, options, make, images=IMAGES)
+
+
+@pytest.mark.parametrize(
+    ("asked", "match"),
+    [
+        ({"blur": 0.0}, "query is blurred by 0.5 pixels or more in 0 of 32 cases, where blur"),
+        ({"blur": 1.0}, "query is blurred by 0.5 pixels or more in .* of 64 cases, where blur"),
+        ({"blur_sigma": (0.1, 0.4)}, "query is blurred by .* in 0 of 32 cases"),
+        ({"blur_sigma": (3.0, 3.5)}, "query is blurred by up to .* pixels, not 0.1 ... 2"),
+        ({"blur": 0.4, "blur_sigma": (1.0, 1.0)}, "is always blurred by about 1.0 pixels"),
+    ],
+)
+def test_blur_that_is_missing_or_of_other_widths_is_noticed(asked, match):
+    images = (
+        gate.IMAGES if asked.get("blur") == 1 else IMAGES
+    )  # one in two is hard to tell from all
+    refused("pipelines.two_views", match, options=BLURRED, images=images, **asked)
+
+
+def test_blur_that_was_not_asked_for_is_noticed():
+    sharp = replace(BLURRED, blur=0.0)
+
+    refused("pipelines.two_views", "query is blurred", options=sharp, blur=0.5)
 
 
 @pytest.mark.parametrize("graph", GRAPHS)

@@ -1,5 +1,6 @@
 """What is compared takes turns, pays for its own work only, and the page cache is what is said."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -40,13 +41,37 @@ def test_the_order_is_turned_from_repeat_to_repeat():
 
 
 def test_each_repeat_gives_a_rate_a_cpu_time_and_the_time_of_its_batches():
-    measured = alternate([recorder([], "a")], repeats=3, seconds=0.02, say=silent)["a"]
+    measured = alternate([recorder([], "a", queue=40)], repeats=3, seconds=0.02, say=silent)["a"]
 
     assert len(measured.rates) == len(measured.cpu_ms) == 3
     assert all(0 < rate < 4 / 0.001 for rate in measured.rates)
     assert list(measured.step_ms) == ["p50", "p95", "p99"]
     assert 1 <= measured.step_ms["p50"] <= measured.step_ms["p95"] <= measured.step_ms["p99"]
-    assert measured.batches >= 3 * 3  # more than the queue of 2, in each repeat
+    assert measured.batches >= 3 * 41  # more than the queue of 40, in each repeat
+
+
+@pytest.mark.parametrize(
+    ("queue", "told"), [(0, ["p50"]), (20, ["p50", "p95"]), (100, ["p50", "p95", "p99"])]
+)
+def test_a_percentile_is_told_of_batches_enough_to_hold_it(queue, told):
+    measured = alternate([recorder([], "a", queue=queue)], repeats=1, seconds=1e-6, say=silent)
+
+    assert measured["a"].batches == queue + 1
+    assert list(measured["a"].step_ms) == told
+
+
+def test_a_slow_contender_s_rate_is_told_in_three_digits():
+    def run() -> int:
+        time.sleep(0.06)
+        return 1
+
+    lines: list[str] = []
+    measured = alternate(
+        [Contender("slow", run, queue=0)], repeats=1, seconds=0.01, say=lines.append
+    )
+
+    assert lines[-1].endswith(f": slow {measured['slow'].rates[0]:.3g}")
+    assert 1 < measured["slow"].rates[0] < 16.7
 
 
 @pytest.mark.parametrize("queue", [0, 1, 6])
@@ -156,3 +181,14 @@ def test_a_read_file_is_in_the_page_cache_and_a_dropped_one_is_not(tmp_path):
     assert method.read_into_cache(paths) == 3_000_001
     assert method.share_in_cache(paths) == 1
     assert method.share_in_cache([]) == 0
+
+
+def test_files_that_nobody_may_write_are_dropped_too(tmp_path, monkeypatch):
+    def refuse(_: int) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")  # as of squashfs, iso9660
+
+    (tmp_path / "a").write_bytes(bytes(10_000))
+    os.sync()
+    monkeypatch.setattr(os, "fsync", refuse)
+
+    assert method.drop_from_cache([tmp_path / "a"]) in (True, False)

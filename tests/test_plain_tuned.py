@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from benchmarks import gate
-from benchmarks.plain import tuned
+from benchmarks.plain import pil, tuned
 from benchmarks.plain.tuned import pixels
 from fastssl import config
 from pipelines import jigsaw, relative_patch, rotation
@@ -72,6 +72,18 @@ def test_workers_draw_their_own_and_give_every_image_once(paths):
     assert sorted(torch.cat([first["index"], second["index"]]).tolist()) == [0, 1, 2, 3]
     images = torch.cat([first["image"], second["image"]])
     assert len({image.numpy().tobytes() for image in images}) == 4
+
+
+@pytest.mark.parametrize("module", [pil, tuned])
+def test_workers_come_from_a_clean_server_and_pages_are_locked_if_asked(module, paths):
+    graph, _, options = task("supervised")
+    dataset = module.dataset(graph, paths, options)
+    plain, pinned = (
+        module.loader(dataset, batch=2, workers=2, pinned=pinned) for pinned in (False, True)
+    )
+
+    assert plain.multiprocessing_context.get_start_method() == "forkserver"
+    assert (plain.pin_memory, pinned.pin_memory) == (False, True)
 
 
 @pytest.mark.parametrize(

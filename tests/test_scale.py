@@ -1,4 +1,6 @@
 import math
+import tempfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -96,6 +98,28 @@ def test_a_point_that_fails_is_told_and_counts(capsys, monkeypatch):
 def test_a_process_that_fails_says_how_it_ended():
     with pytest.raises(RuntimeError, match=r"ended with 1: .*StopIteration"):
         scale._children("orders", [{"size": 25}])
+
+
+@pytest.mark.parametrize(
+    ("rounds", "message"), [(1, "not ready after 1 s"), (0, "not done after 1 s")]
+)
+def test_a_process_that_hangs_is_ended_and_its_files_are_removed(
+    rounds, message, tmp_path, monkeypatch
+):
+    hangs, temporary = tmp_path / "hangs", tmp_path / "temporary"
+    hangs.write_text(
+        f"#!/bin/sh\ntouch $TMPDIR/left\necho $TMPDIR > {tmp_path}/used\nexec sleep 60"
+    )
+    hangs.chmod(0o755)
+    temporary.mkdir()
+    monkeypatch.setattr(scale, "sys", SimpleNamespace(executable=str(hangs)))
+    monkeypatch.setattr(scale, "TIMEOUT", 1.0)
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    with pytest.raises(RuntimeError, match=message):
+        scale._children("files", [{"size": 9}], rounds=rounds)
+
+    assert (tmp_path / "used").read_text().startswith(f"{temporary}/fastssl-scale-")
+    assert not list(temporary.iterdir())
 
 
 def test_a_bank_that_does_not_fit_is_left_out_with_the_reason():

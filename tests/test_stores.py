@@ -1,12 +1,14 @@
 """`python -m benchmarks stores` runs end to end, with FFCV's place taken by a stand-in or empty."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 
-from benchmarks import result
+from benchmarks import result, stores
 from benchmarks.__main__ import main
 from benchmarks.plain import ffcv
+from pipelines.readers import folder
 
 QUICK = ("--quick", "--images", "8", "--batch", "4", "--size", "32", "--threads", "1")
 
@@ -52,9 +54,27 @@ def test_ffcv_is_measured_on_the_bytes_of_the_same_stores(
     assert "to FFCV" in made.rows[0].extra
     assert made.rows[3].extra["MB"] == pytest.approx(made.rows[2].extra["MB"])
     assert made.settings["ffcv"] == "1.0.2"
+    assert made.manifest.machine["versions"]["ffcv"] == "1.0.2"  # pyright: ignore
     assert [line.partition(":")[0] for line in made.conclusions] == ["jpeg-292", "raw-256"]
     assert "times what FFCV makes of the same bytes; the goal, 1.0, is" in made.conclusions[0]
     assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_damaged_image_is_left_out_of_what_is_shrunk_and_told(demo_images, tmp_path, capsys):
+    source, listing = tmp_path / "images", sorted((demo_images / "val").glob("*/*.jpg"))[:3]
+    source.mkdir()
+    for path in listing:
+        shutil.copy(path, source)
+    broken = source / listing[1].name
+    content = bytearray(broken.read_bytes())
+    table = content.index(b"\xff\xc4") + 5  # of Huffman's codes: sizes and both ends stay whole
+    content[table : table + 16] = bytes([255] * 16)
+    broken.write_bytes(content)
+    found = folder.list_samples(folder.Options(root=str(source)), cache=None, say=print)
+    shrunk = stores._shrunk(found, tmp_path / "shrunk", 16)
+
+    assert (len(found.usable), len(shrunk.usable)) == (3, 2)
+    assert f"{broken} is left out: cannot be decoded: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

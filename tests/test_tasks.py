@@ -1,18 +1,33 @@
 """The table of tasks: every contender at work, the gate before the figure, ratios that add up."""
 
 import re
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import bounds, contenders, decode_limit, result, same_files, tasks
+from benchmarks import (
+    bounds,
+    contenders,
+    decode_limit,
+    gate,
+    promises,
+    result,
+    same_files,
+    tasks,
+)
 from benchmarks.__main__ import main
 from benchmarks.method import Measured
-from benchmarks.plain import pil
-from fastssl import config
+from benchmarks.plain import ffcv, pil
+from fastssl import config, pack
 from fastssl.loader import Options
+from fastssl.pack_image import Form
+from pipelines.readers import folder
 from tests import test_graphs
 
 QUICK = ("--quick", "--batch", "4", "--threads", "1", "--workers", "0")
@@ -44,6 +59,7 @@ def test_a_run_of_seconds_writes_every_contender(images, tmp_path, capsys):
     for name in names[1:]:
         assert rows[name].extra["ratio"] == pytest.approx(ours.values[0] / rows[name].values[0])
     assert (ours.extra["views"], ours.extra["patches"]) == (0, 9)
+    assert (rows["pil"].extra["workers"], rows["tuned"].extra["workers"]) == (1, 0)
     assert made.settings["note"] == "a test"
     assert made.settings["recipes"]["jigsaw"]["crop"] == 255  # pyright: ignore
     assert "jigsaw, about" in printed
@@ -72,6 +88,124 @@ def test_an_alternative_that_does_another_task_is_left_out_and_told(
     assert "| - | - | - |" in printed
 
 
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("Critical error in pipeline:\nno memory"), MemoryError()],
+)
+def test_a_recipe_that_fails_is_told_and_the_others_are_written(
+    error, images, tmp_path, capsys, monkeypatch
+):
+    honest = contenders.fastssl
+
+    def fails_once(task):
+        made = honest(task)
+
+        def run() -> int:
+            raise error
+
+        return replace(made, run=run) if task.recipe == "jigsaw" else made
+
+    monkeypatch.setattr(contenders, "fastssl", fails_once)
+    monkeypatch.setattr(gate, "check", lambda *_: None)
+    out = tmp_path / "out.json"
+    arguments = ["tasks", "jigsaw", "supervised", "--data", str(images), "data.limit=8", *QUICK]
+    code = main([*arguments, "--alternatives", "", "--out", str(out)])
+    made = result.read(out)
+    reason = " ".join(str(error).split()) or "MemoryError"
+
+    assert code == 1
+    assert f"jigsaw is left out: {reason}\n" in capsys.readouterr().out
+    assert {row.group for row in made.rows} == {"supervised"}
+    assert made.settings["left_out"] == {"jigsaw": reason}
+
+
+def test_a_recipe_whose_graph_does_not_do_its_task_is_told_and_nothing_else_is_lost(
+    images, tmp_path, capsys, monkeypatch
+):
+    def unfit(who, *_):
+        raise gate.UnfitError(f"{who} does another task")
+
+    monkeypatch.setattr(gate, "check", unfit)
+    out = tmp_path / "out.json"
+    code = main(["tasks", "jigsaw", "--data", str(images), *QUICK, "--out", str(out)])
+
+    assert code == 1
+    assert "jigsaw is left out: fastssl does another task\n" in capsys.readouterr().out
+    assert result.read(out).rows == []
+
+
+def test_ffcv_s_version_is_kept_and_its_death_costs_the_recipe_alone(
+    images, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(ffcv, "find_spec", lambda name: name)
+    monkeypatch.setattr(ffcv, "WORKER", Path(__file__).with_name("ffcv_stand_in.py"))
+    monkeypatch.setattr(gate, "check", lambda *_: None)
+    still = ["pipeline.hue=0", "pipeline.grayscale=0", "data.limit=40"]
+    arguments = ["tasks", "supervised", "--data", str(images), *still, *QUICK]
+    out = ["--alternatives", "ffcv", "--out", str(tmp_path / "out.json")]
+
+    assert main([*arguments, *out]) == 0
+    made = result.read(tmp_path / "out.json")
+    rows = {row.name: row for row in made.rows}
+    assert rows["ffcv"].extra["version"] == "1.0.2"
+    assert made.manifest.machine["versions"]["ffcv"] == "1.0.2"  # pyright: ignore
+
+    assert main([*arguments, *out, "--batch", "17"]) == 1  # of so many the stand-in dies
+    assert "supervised is left out: FFCV's process has ended" in capsys.readouterr().out
+
+
+def test_images_of_a_store_are_nothing_for_who_reads_files(images, tmp_path, capsys):
+    listing = folder.Options(root=str(images), limit=8)
+    samples = folder.list_samples(listing, cache=None, say=print)
+    pack.pack(samples, tmp_path / "store", Form(short_side=64), shard_mb=1, workers=1)
+    data = ["--data", str(tmp_path / "store"), "data.use=pipelines.readers.packed"]
+    code = main(["tasks", "supervised", *data, *QUICK])
+    printed = capsys.readouterr().out
+
+    assert code == 0
+    for name in tasks.ALTERNATIVES:
+        assert f"supervised {name} is left out: its images lie together in a store" in printed
+    assert "| supervised |" in printed
+
+
+# -- on a GPU, without one ----------------------------------------------------------------------
+
+
+def test_a_batch_is_waited_for_on_its_own_stream(monkeypatch):
+    waited: list[torch.device] = []
+    stream = SimpleNamespace(synchronize=lambda: waited.append(device))
+    device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: pytest.fail("other streams too"))
+    contenders._finish(device)
+    contenders._finish(torch.device("cpu"))
+
+    assert waited == [device]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_plain_batches_are_pinned_and_copied_without_waiting_for_a_gpu_alone(device, monkeypatch):
+    asked: list[Any] = []
+
+    class Copied:
+        def to(self, device: torch.device, *, non_blocking: bool) -> None:
+            asked.append((str(device), non_blocking))
+
+    def loader(dataset, *, batch, workers, pinned) -> Iterator[dict[str, Copied]]:
+        asked.append(pinned)
+        return iter([{"image": Copied()}])
+
+    monkeypatch.setattr(contenders, "_finish", lambda _: None)
+    module: Any = SimpleNamespace(dataset=lambda *_, **__: None, loader=loader)
+    task: Any = SimpleNamespace(
+        paths=["a"], graph="", options=None, batch=1, device=torch.device(device)
+    )
+    contender = contenders.plain(task, "pil", module, 0)
+    contender.run()
+
+    assert asked == [device == "cuda", (device, device == "cuda")]
+
+
 def replace_flip(options):
     return type(options)(**{**vars(options), "flip": 0.0})
 
@@ -85,6 +219,7 @@ def replace_flip(options):
         (["--data", "/nowhere", "--workers=-1"], "--workers (-1) must be whole numbers"),
         (["--data", "/nowhere", "--batch", "0"], "--batch (0) must be at least 1"),
         (["nothing.yaml", "--data", "/nowhere"], "nothing.yaml"),
+        (["--data", "/nowhere", "--ffcv-python", "/no/python"], "--ffcv-python: can't run /no/py"),
     ],
 )
 def test_a_mistake_is_a_line_and_exit_code_2(arguments, message, capsys):
@@ -96,29 +231,41 @@ def test_a_mistake_is_a_line_and_exit_code_2(arguments, message, capsys):
 
 
 @pytest.mark.parametrize("name", test_graphs.RECIPES)
-def test_the_bound_of_every_recipe_is_of_its_sizes(name, images):
-    recipe = config.load(str(tasks.RECIPES / f"{name}.yaml"), [f"data.root={images}"])
-    samples = recipe.data.module.list_samples(recipe.data.options, cache=None, say=print)
-    loading = Options(threads=1, prefetch=1)
-    files = same_files.Files(recipe.data.module, samples, samples.usable[:2], 0, [], False, {})
-    options = recipe.pipeline.options
-    resizes = bounds.resizes(recipe.pipeline.use)
+def test_the_bound_of_every_recipe_resizes_what_its_task_shows(name, tmp_path):
+    part = test_graphs.loaded(name).pipeline  # at the demo's sizes
+    images = 48
+    gate._write_images(tmp_path, images)
+    samples = folder.list_samples(folder.Options(root=str(tmp_path)), cache=None, say=print)
+    files = same_files.Files(folder, samples, np.arange(images), 0, [], False, {})
+    resizes = bounds.resizes(part.use)
     pipeline = same_files.pipeline(
         files,
-        lambda image, index: [*resizes(image, options, "cpu"), index],
-        loading,
-        batch=2,
+        lambda image, index: [*resizes(image, part.options, "cpu"), index],
+        Options(threads=1, prefetch=1),
+        batch=images,
         device=torch.device("cpu"),
     )
-    shapes = [np.asarray(each.as_tensor()).shape for each in pipeline.run()[:-1]]
-    sizes = {vars(options).get(key) for key in ("image_size", "size", "patches_crop", "crop")}
+    *made, index = (np.asarray(each.as_tensor()) for each in pipeline.run())
+    order = index.ravel().argsort()
+    # frames that are cut or turned of one square are one resize, and the others one each
+    promised, expected = promises.of(part.use, part.options), []
+    for frames in promised.frames:
+        shape = promised.shapes[frames.name]
+        is_one = not frames.crop_each or isinstance(frames.crop, promises.Warp)
+        expected.append((1 if is_one or len(shape) < 4 else shape[0], frames))
 
-    assert len(shapes) >= 1
-    for shape in shapes:
-        assert shape[0] == 2
-        assert shape[-1] == 3
-        assert shape[-2] == shape[-3]
-        assert shape[-2] in sizes or name == "exemplar_classes"  # there all of the region
+    assert len(made) == len(expected)
+    for pixels, (count, frames) in zip(made, expected, strict=True):
+        pixels = pixels[order].reshape(images, count, *pixels.shape[-3:]).transpose(0, 1, 4, 2, 3)
+        if isinstance(frames.crop, promises.Warp):  # the region that warps read, of the whole image
+            side = round(part.options.size * part.options.region / part.options.seed_patch)
+            whole = promises.Resized(round(side / part.options.region), side, moves=False)
+            frames = replace(frames, crop=whole, side=side)
+        elif part.use == "pipelines.rotation" and isinstance(frames.crop, promises.Resized):
+            frames = replace(frames, crop=replace(frames.crop, moves=False))  # it moves by padding
+        assert pixels.shape[-2:] == (frames.side, frames.side)
+        seen = gate._look(pixels, frames)
+        gate._check_crop(seen, frames)
 
 
 def test_the_table_has_ratios_within_a_repeat_and_dashes_for_who_is_missing():

@@ -198,6 +198,16 @@ def test_a_win_in_all_rounds_is_taken_and_says_by_how_much():
     assert "5 of 5 rounds, with 1.100 (1.050 - 1.200) times their images/s: take it" in (
         verdict.sentence
     )
+    assert "up to 1 of 32 finals" in verdict.sentence
+
+
+def test_the_best_of_three_has_luck_three_times_as_often():
+    others = [replace(PRESENT, prefetch=ahead) for ahead in (1, 3, 4)]
+    rates = {PRESENT: measured(*[100] * 5)} | {each: measured(*[110] * 5) for each in others}
+    verdict = judge(PRESENT, rates, {each: str(each.prefetch) for each in rates})
+
+    assert verdict.recommended in others
+    assert "up to 3 of 32 finals" in verdict.sentence
 
 
 @pytest.mark.parametrize(

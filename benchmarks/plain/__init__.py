@@ -15,9 +15,11 @@ Each file offers
         which `loader` seeds in each worker; `seed` is only for what is drawn once for the dataset.
         ValueError: a graph it has no version of (the message names graph and file), or an option
         whose value it does not honour (the message names the option and its value).
-    loader(dataset, *, batch, workers) -> torch.utils.data.DataLoader
+    loader(dataset, *, batch, workers, pinned=False) -> torch.utils.data.DataLoader
         shuffled, the last short batch left out, workers kept from epoch to epoch and seeded each
-        its own (torch's generator and random's); workers=0 works in the calling process.
+        its own (torch's generator and random's); workers=0 works in the calling process; others
+        are started by benchmarks.plain.workers. pinned: batches come in page-locked memory, which
+        a GPU copies by itself.
 ffcv.py runs in an interpreter of its own and says there how it is called; what it puts out is the
 same batch.
 

@@ -5,7 +5,6 @@ stays so: contrast pivots on the image's mean gray, hue turns in HSV, and the fo
 come in a random order.
 """
 
-import multiprocessing
 import random
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from benchmarks.plain import workers as workers_of
 from benchmarks.plain.pil import exemplar, patches, views
 
 Task = Callable[[Image.Image], dict[str, Tensor]]
@@ -44,10 +44,10 @@ def dataset(graph: str, paths: Sequence[str], options: Any, *, seed: int = 0) ->
     return PilImages(paths, TASKS[graph](options))
 
 
-def loader(dataset: Dataset[dict[str, Tensor]], *, batch: int, workers: int) -> DataLoader[Any]:
-    """Shuffled batches; workers come from a clean server process, not from one with DALI in it."""
-    clean = multiprocessing.get_context("forkserver")
-    clean.set_forkserver_preload(["benchmarks.plain.pil"])  # torch is imported once for all
+def loader(
+    dataset: Dataset[dict[str, Tensor]], *, batch: int, workers: int, pinned: bool = False
+) -> DataLoader[Any]:
+    """Shuffled batches; see benchmarks.plain."""
     return DataLoader(
         dataset,
         batch_size=batch,
@@ -56,7 +56,8 @@ def loader(dataset: Dataset[dict[str, Tensor]], *, batch: int, workers: int) -> 
         drop_last=True,
         persistent_workers=workers > 0,
         worker_init_fn=_seed_random,
-        multiprocessing_context=clean if workers else None,
+        multiprocessing_context=workers_of.clean() if workers else None,
+        pin_memory=pinned,
     )
 
 

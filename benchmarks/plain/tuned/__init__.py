@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from benchmarks.plain import workers as workers_of
 from benchmarks.plain.tuned import pixels, tasks
 
 TASKS: dict[str, Callable[[Tensor, Any], tasks.Outputs]] = {
@@ -60,7 +61,7 @@ def dataset(graph: str, paths: Sequence[str], options: Any, *, seed: int = 0) ->
     return Images(TASKS[graph], [str(path) for path in paths], options)
 
 
-def loader(dataset: Dataset, *, batch: int, workers: int) -> DataLoader:
+def loader(dataset: Dataset, *, batch: int, workers: int, pinned: bool = False) -> DataLoader:
     """Shuffled, without the last short batch; see benchmarks.plain.
 
     Workers seed torch and random by themselves, each its own, and use one thread.
@@ -74,6 +75,8 @@ def loader(dataset: Dataset, *, batch: int, workers: int) -> DataLoader:
         persistent_workers=workers > 0,
         prefetch_factor=PREFETCH if workers else None,
         collate_fn=collate,
+        multiprocessing_context=workers_of.clean() if workers else None,
+        pin_memory=pinned,
     )
 
 
