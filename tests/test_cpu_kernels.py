@@ -61,9 +61,9 @@ def test_a_part_is_resized_as_dali_does_it(size):
     regions = whole + [regions_of(*image.shape[:2]) for image in images[len(SHAPES) :]]
     mirrors = [np.array([k % 2], np.float32) for k in range(len(images))]
 
-    def both(image, region, mirror):
-        one = fn.reshape(fn.cat(region, mirror), shape=[1, 5])
-        oracle = fn.resize(
+    def both(image: Any, region: Any, mirror: Any) -> Any:
+        one: Any = fn.reshape(fn.cat(region, mirror), shape=[1, 5])
+        oracle: Any = fn.resize(
             image,
             size=[size, size],
             roi_start=region[0:2],
@@ -143,20 +143,18 @@ def test_saturation_and_value_change_as_the_graph_of_a_gpu_changes_them():
     views = [np.concatenate([noise(6, 20, 20, 3), np.zeros((1, 20, 20, 3), np.uint8)])] * 8
     changes = [
         np.stack(
-            [rng.uniform(*ends, 7) for ends in [(0.25, 4), (0.7, 1.4), (-0.1, 0.1)] * 2], axis=1
+            [rng.uniform(low, high, 7) for low, high in [(0.25, 4.0), (0.7, 1.4), (-0.1, 0.1)] * 2],
+            axis=1,
         ).astype(np.float32)
         for _ in views
     ]
 
     def both(view, change):
-        args: Any = (view, change[:, 0:3], change[:, 3:6], 7)
-        # Its arithmetic is DALI's on either backend.
-        return ops.change_saturation_and_value(*args, "cpu"), arithmetic(*args)
-
-    def arithmetic(*args):
-        with pytest.MonkeyPatch.context() as patch:
+        by = change[:, 0:3], change[:, 3:6]
+        kernel = ops.change_saturation_and_value(view, *by, 7, "cpu")
+        with pytest.MonkeyPatch.context() as patch:  # a GPU's arithmetic, on the CPU
             patch.setattr(ops, "on", lambda node, device: node)
-            return ops.change_saturation_and_value(*args, "gpu")
+            return kernel, ops.change_saturation_and_value(view, *by, 7, "gpu")
 
     same_but_for_rounding(*run(both, views, changes))
 
