@@ -365,7 +365,14 @@ def started(source: Path, store: Path, checkout: Path, environ) -> subprocess.Po
     """A pack that has begun to write."""
     environ = environ | {"FASTSSL_CACHE": str(source.parent / "cache")}
     command = [*RUN, "pack", str(source), str(store), "--workers", "2", "--form", "raw"]
-    process = subprocess.Popen(command, cwd=checkout, env=environ, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command,
+        cwd=checkout,
+        env=environ,
+        stderr=subprocess.PIPE,
+        # a shell script's background jobs, as .ci/run's, ignore Ctrl-C, and so do their children
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     shard = store.with_name(f"{store.name}.part") / "shard-00000.bin"
     deadline = time.monotonic() + 60
     while not (shard.exists() and shard.stat().st_size):
