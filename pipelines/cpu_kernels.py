@@ -5,11 +5,12 @@ The same pixels as DALI's own operators (`fn.resize` with antialiasing, `fn.colo
 to its operator, which is what runs on a GPU. DALI calls a kernel from its worker threads, for one
 image at a time and without Python, through the operator that its Numba plugin is made of.
 
-Images are uint8, RGB interleaved. Kernels are compiled at the first start (some seconds) and then
-come from Numba's cache beside this file, or in the user's cache folder.
+Images are uint8, RGB interleaved. A kernel is compiled when a graph first needs it, which takes
+seconds, and then comes from Numba's cache beside this file, or in the user's cache folder.
 """
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -108,15 +109,15 @@ class _Kernel(plugin.NumbaFunction):
 
 
 def _operator(
-    run: Any,
-    setup: Any,
+    run: Callable[[], Any],
+    setup: Callable[[], Any],
     inputs: Sequence[DataNode],
     dimensions: Sequence[int],
     layout: str,
 ) -> DataNode:
     operator = _Kernel(
-        run_fn=run.address,
-        setup_fn=setup.address,
+        run_fn=run().address,
+        setup_fn=setup().address,
         in_types=[DALIDataType.UINT8, DALIDataType.FLOAT, DALIDataType.UINT8][: len(inputs)],
         out_types=[DALIDataType.UINT8],
         ins_ndim=list(dimensions),
@@ -148,16 +149,23 @@ def _compiled(function: Callable) -> Any:
     return kernel
 
 
-def _called(*arguments: Any) -> Callable[[Callable], Any]:
-    """A C function of these arguments; see `_compiled`."""
+def _called(*arguments: Any) -> Callable[[Callable], Callable[[], Any]]:
+    """A C function of these arguments, compiled when it is first asked for; see `_compiled`.
 
-    def make(function: Callable) -> Any:
-        try:
-            return cfunc(types.void(*arguments), cache=True)(function)
-        except Exception:  # a cached file was cut off or is somebody else's, or the disk is full
-            for kernel in _kernels:
-                kernel._cache = NullCache()
-            return cfunc(types.void(*arguments))(function)
+    Not before: on a GPU none is needed.
+    """
+
+    def make(function: Callable) -> Callable[[], Any]:
+        @lru_cache(maxsize=1)
+        def compiled() -> Any:
+            try:
+                return cfunc(types.void(*arguments), cache=True)(function)
+            except Exception:  # a cached file was cut off or is somebody's, or the disk is full
+                for kernel in _kernels:
+                    kernel._cache = NullCache()
+                return cfunc(types.void(*arguments))(function)
+
+        return compiled
 
     return make
 
@@ -498,9 +506,6 @@ def _mirrored(place, length):
     while place < 0 or place >= length:
         place = -place if place < 0 else 2 * (length - 1) - place
     return place
-
-
-# Compiled as they are read: below all that they call.
 
 
 @_setup
