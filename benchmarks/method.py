@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from benchmarks.result import number
+from benchmarks.result import Row, number
 from fastssl.loader import threads_per_process
 
 REPEATS = 3  # the fewest that show a spread
@@ -127,6 +127,21 @@ def alternate(
             if contender.close is not None:
                 contender.close()
     return {name: _measured(done) for name, done in turns.items()}
+
+
+def row(
+    name: str, group: str, measured: Measured, extra: dict[str, float | int | str | bool | None]
+) -> Row:
+    """What was measured as a row of a result."""
+    return Row(
+        name=name,
+        group=group,
+        unit="images/s",
+        values=measured.rates,
+        cpu_ms=measured.cpu_ms,
+        step_ms=measured.step_ms,
+        extra=extra,
+    )
 
 
 def ratio(a: Measured, b: Measured) -> tuple[float, float, float]:

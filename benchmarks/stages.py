@@ -466,15 +466,7 @@ def _rows(bench: _Bench, measured: dict[str, Measured], cold: list[float] | str)
             if name in ratios
         }
         rows.append(
-            Row(
-                name=stage,
-                group=bench.recipe.name,
-                unit="images/s",
-                values=seen.rates,
-                cpu_ms=seen.cpu_ms,
-                step_ms=seen.step_ms,
-                extra={**extra, "batches": seen.batches, **kept},
-            )
+            method.row(stage, bench.recipe.name, seen, {**extra, "batches": seen.batches, **kept})
         )
     if isinstance(cold, list):
         rate = statistics.median(cold) * bench.files.facts["bytes"] / 1e6

@@ -302,17 +302,7 @@ def _rows(stores: Sequence[_Store], measured: dict[str, Measured]) -> list[Row]:
                 for other, against in (("FFCV", f"ffcv {store.name}"), ("files", FILES)):
                     if against in measured:
                         extra[f"to {other}"] = method.ratio(done, measured[against])[0]
-            rows.append(
-                Row(
-                    name=name,
-                    group=store.name,
-                    unit="images/s",
-                    values=done.rates,
-                    cpu_ms=done.cpu_ms,
-                    step_ms=done.step_ms,
-                    extra=extra,
-                )
-            )
+            rows.append(method.row(name, store.name, done, extra))
     return rows
 
 

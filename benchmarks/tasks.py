@@ -265,17 +265,7 @@ def rows_of(
         else:  # of fastssl to this one: median, least and greatest
             middle, least, most = method.ratio(ours, each)
             extra |= {"ratio": middle, "ratio_least": least, "ratio_most": most}
-        rows.append(
-            Row(
-                name=name,
-                group=task.recipe,
-                unit="images/s",
-                values=each.rates,
-                cpu_ms=each.cpu_ms,
-                step_ms=each.step_ms,
-                extra=extra,
-            )
-        )
+        rows.append(method.row(name, task.recipe, each, extra))
     return rows
 
 

@@ -285,17 +285,7 @@ def final_rows(group: str, turns: Turns, to: str) -> list[result.Row]:
         if to in turns.measured:
             ratio = method.ratio(measured, turns.measured[to])
             settings |= dict(zip(("ratio", "ratio_least", "ratio_most"), ratio, strict=True))
-        rows.append(
-            result.Row(
-                name=name,
-                group=group,
-                unit="images/s",
-                values=measured.rates,
-                cpu_ms=measured.cpu_ms,
-                step_ms=measured.step_ms,
-                extra=settings,
-            )
-        )
+        rows.append(method.row(name, group, measured, settings))
     for name, why in turns.failed.items():
         options, batch = turns.settings[name]
         rows.append(_failed_row(name, group, {**asdict(options), "batch": batch}, why))

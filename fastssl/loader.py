@@ -48,9 +48,8 @@ class Options:
     # threads do, and pixels travel in place of bytes: for a GPU that training keeps busy
     hw_decoder_load: float = 0.65  # part of the images that the GPU's JPEG engines take, where it
     # has any (A100, H100, ...); its other units and the threads do the rest
-    region: bool = (
-        True  # decode no more of an image than its crop needs, where a graph has one crop
-    )
+    # Decode no more of an image than its crop needs, where a graph has one crop.
+    region: bool = True
 
     def __post_init__(self) -> None:
         """Refuses what can't be.
@@ -199,14 +198,14 @@ class Loader:
         rows: Callable[[int], np.ndarray],
         batch: int,
         dali: bytes | None,
-        loading: "Options",
+        loading: Options,
     ) -> tuple[list[str], Pipeline]:
         pipeline = Pipeline(
             batch_size=batch,
-            num_threads=self._loading.threads or threads_per_process(1),
+            num_threads=loading.threads or threads_per_process(1),
             device_id=_dali_device(self._device),  # pyright: ignore[reportArgumentType]  None: no GPU
             seed=self._seed,
-            prefetch_queue_depth=self._loading.prefetch,
+            prefetch_queue_depth=loading.prefetch,
             enable_checkpointing=True,
             checkpoint=dali,
         )

@@ -144,20 +144,6 @@ def test_a_file_that_cannot_grow_fails_in_words_and_leaves_the_former_checkpoint
     assert checkpoint.load(former)["plain"] == STATE["plain"]
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 1 MB; needs the right to mount one."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", disk]
-    try:
-        subprocess.run(command, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("mounting a small disk needs root")
-    yield disk
-    subprocess.run(["umount", disk], check=True)
-
-
 def test_a_full_disk_fails_in_words_and_leaves_the_former_checkpoint(small_disk):
     former = checkpoint.save(small_disk, 1, {"bank": torch.zeros(100_000)}, keep=1)
     with pytest.raises(

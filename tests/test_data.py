@@ -42,20 +42,6 @@ def images(demo_images: Path, tmp_path: Path) -> Path:
     return root
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 1 MB; needs the right to mount one."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", disk]
-    try:
-        subprocess.run(command, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("mounting a small disk needs root")
-    yield disk
-    subprocess.run(["umount", disk], check=True)
-
-
 def pack(source: Path, store: Path, *more: str) -> packed.Samples:
     """Packs, and opens what was packed."""
     assert data.main(["pack", str(source), str(store), "--workers", "1", *more]) == 0
