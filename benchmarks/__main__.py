@@ -6,7 +6,18 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-COMMANDS = ("stages", "tasks", "stores", "tune", "scale", "compare", "plot", "soak", "demos")
+COMMANDS = (
+    "stages",
+    "tasks",
+    "stores",
+    "tune",
+    "scale",
+    "compare",
+    "plot",
+    "soak",
+    "demos",
+    "probes",
+)
 USAGE = f"usage: python -m benchmarks COMMAND ...\n\nCOMMAND is one of: {', '.join(COMMANDS)}"
 
 

@@ -70,7 +70,7 @@ def run(recipe: Path, out: Path, overrides: list[str]) -> dict:
     lines = journal.read(out)
     logged = [line for line in lines if "loss" in line]
     last = logged[-max(1, len(logged) // 10) :]  # a tenth of the run: single lines are noisy
-    probes = [line["accuracy"] for line in lines if "probe" in line]
+    probes = [line["accuracy"] for line in lines if line.get("probe") == "knn"]
     return demo | {
         "steps": logged[-1]["step"],
         "accuracy_first": logged[0]["accuracy"],

@@ -10,7 +10,7 @@ the section has `use:`, that names the module. The last of these wins: defaults,
 
 import inspect
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import ModuleType
@@ -41,6 +41,8 @@ class TrainOptions:
     batch: int  # images an optimizer step, over all processes
     accumulate: int = 1  # parts that a process cuts its share of the batch into
     seed: int = 0
+    weights: str | None = None  # start from the backbone of this RUN (a run folder, a .safetensors,
+    # torchvision:NAME, ...), which must be of the same shape; null: random weights
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where the GPU has it,
     # fp16 on an older GPU, fp32 on the CPU
     resume: str = "auto"  # auto: from the run folder's newest checkpoint; never; or a path
@@ -65,6 +67,8 @@ class TrainOptions:
             raise ValueError(f"clip ({self.clip}) must be above 0, or null for none")
         if not self.resume:
             raise ValueError("resume ('') must be auto, never or the path of a checkpoint")
+        if self.weights == "":
+            raise ValueError("weights ('') must name a RUN, or be null for random weights")
 
 
 # Sections that name a module: what the module must offer, and one that does.
@@ -89,6 +93,7 @@ MOVED = {"train.threads": "loader.threads", "train.prefetch": "loader.prefetch"}
 FREE_ON_RESUME = frozenset(
     [f"train.{key}" for key in ("out", "resume", "steps", "checkpoint_steps", "keep", "log_steps")]
     + ["train.chance_steps", "train.trackers"]
+    + ["train.weights"]  # the same by another path: a checkpoint knows their SHA-256
     + [f"loader.{key}" for key in ("threads", "prefetch", "hw_decoder_load")]
     + [f"probe.{field.name}" for field in fields(probe.Options)]
 )
@@ -120,11 +125,21 @@ class Recipe:
     probe: probe.Options
     demo: bool  # no data.root was given: built-in images, and the demo section holds
     values: dict[str, dict[str, Any]]  # every section, every key, plain YAML types: as run
-    sources: dict[str, str]  # "optim.lr" -> "default", "recipe", "demo" or "command line"
+    sources: dict[str, str]  # "optim.lr" -> "default", "recipe", "demo", "command line", "weights"
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    instead: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Recipe:
     """Reads the recipe at `path`; each of `overrides` is section.key=value, the value in YAML.
+
+    Args:
+        path: of the recipe.
+        overrides: of the command line.
+        instead: sections, of plain values, that stand in place of the recipe's own: what train's
+            weights came with.
 
     Raises:
         RecipeError: all mistakes found, one a line: file and key, what was found, what to write.
@@ -133,6 +148,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     recipe, demos = read_file(path, SECTIONS, errors)
     command = read_overrides(overrides, SECTIONS, errors)
     _refuse_moved((recipe, demos, command), errors)
+    for section, keys in (instead or {}).items():
+        recipe[section] = {key: _entry(section, key, given) for key, given in keys.items()}
+        demos[section] = {}
     on_demo = _settle_roots(path, recipe, demos, command, errors)
     made: dict[str, Any] = {}
     values: dict[str, dict[str, Any]] = {}
@@ -148,6 +166,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             "demo": check(demos[section], demo_schema, errors),
             "command line": check(command[section], schema, errors),
         }
+        right["weights"] = right["recipe"]
         given = {
             key: right[entry.source][key]
             for key, entry in entries.items()
@@ -252,6 +271,12 @@ def main(arguments: Sequence[str]) -> int:
     # in one piece: a reader such as `head` may go after the first
     print("\n".join(f"{k:<{left}} = {v:<{right}}   # {recipe.sources[k]}" for k, v in rows.items()))
     return 0
+
+
+def _entry(section: str, key: str, plain: Any) -> Entry:
+    """A value that came with weights, as if it were written."""
+    node = yaml.compose(in_yaml(plain), yaml.SafeLoader)
+    return Entry(node, f"train.weights: {section}.{key}", "weights")
 
 
 def _settle_roots(

@@ -3,26 +3,47 @@
     backbone = fastssl.export.load_backbone("runs/pirl_jigsaw")
     features = backbone(images)  # uint8 [B, 3, H, W] -> [B, backbone.dim]
 
+And in the form that other libraries read, reloaded there and compared before it is kept:
+
+    accelerate launch fastssl/export.py RUN --to torchvision|timm|safetensors|onnx|torchscript
+        [--out FOLDER] [backbone.key=value ...] [weights.ignore=[key,...]]
+
+RUN is a run folder or what else fastssl/evaluate.py takes; backbone.* says which network a lone
+.safetensors is of. FOLDER: exports/NAME-FORMAT, beside the run's other files for a run folder.
+Exit codes: 0 done, 1 the other side gives other features, 2 a mistake in the input.
+
 Neither file holds code. backbone.json names a module by dotted path, which must be installed and is
 imported: read its `use` before you load a backbone from someone else. The
 weights are read by safetensors, and torchvision's network of the same name takes them too.
 """
 
+import argparse
 import hashlib
 import importlib
 import json
+import os
+import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+if not __package__:  # run as a script: let imports start at the checkout, not inside fastssl/
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in train.py; before torch is imported
+
 import safetensors.torch
 import torch
+import yaml
 from safetensors import SafetensorError
 from torch import nn
 
 import fastssl
+from fastssl import launcher, starting
 from fastssl.checkpoint import whole_file
-from fastssl.config import Recipe, RecipeError
+from fastssl.config import PARTS, Recipe, RecipeError
+from fastssl.recipe_check import check, schema_of_part, schema_of_settings
+from fastssl.recipe_text import Entry, read_overrides
 
 _WEIGHTS, _CARD = "backbone.safetensors", "backbone.json"
 
@@ -39,22 +60,45 @@ def save_backbone(folder: Path, backbone: nn.Module, recipe: Recipe, *, step: in
     Raises:
         CheckpointError: the disk is full, or the folder cannot be written.
     """
-    # Copies: safetensors refuses tensors that share memory or are not contiguous.
-    tensors = {
-        name: tensor.detach()
-        .to(device="cpu", dtype=torch.float32 if tensor.is_floating_point() else tensor.dtype)
-        .clone(memory_format=torch.contiguous_format)
-        for name, tensor in backbone.state_dict().items()
-    }
-    weights = safetensors.torch.save(tensors)
+    evaluation = (recipe.evaluation.use, asdict(recipe.evaluation.options))
+    use, options = recipe.backbone.use, asdict(recipe.backbone.options)
+    weights, card = files_of(backbone, use, options, evaluation, recipe.values, step=step)
+    with whole_file(folder / _WEIGHTS) as file:
+        file.write(weights)
+    with whole_file(folder / _CARD) as file:
+        file.write(card)
+
+
+def files_of(
+    backbone: nn.Module,
+    use: str,
+    options: dict[str, Any],
+    evaluation: tuple[str, dict[str, Any]],
+    recipe: dict[str, Any] | None,
+    *,
+    step: int,
+) -> tuple[bytes, bytes]:
+    """What backbone.safetensors and backbone.json hold.
+
+    Args:
+        backbone: see `save_backbone`.
+        use: its module.
+        options: its Options.
+        evaluation: module and options of the graph that prepares an image.
+        recipe: the recipe's values; None where there was none.
+        step: optimizer steps done.
+    """
+    weights = safetensors.torch.save(tensors_of(backbone))
     mean, std = backbone.normalization  # pyright: ignore[reportGeneralTypeIssues]  # by contract
+    if "pretrained" in options:  # the weights are these, not those that it began with
+        options = {**options, "pretrained": False}
     card = {
-        "backbone": {"use": recipe.backbone.use, "options": asdict(recipe.backbone.options)},
+        "backbone": {"use": use, "options": options},
         "dim": backbone.dim,
         "normalization": {"mean": mean, "std": std},
         "preprocessing": {
-            "use": recipe.evaluation.use,
-            "options": asdict(recipe.evaluation.options),
+            "use": evaluation[0],
+            "options": evaluation[1],
             "interpolation": "bilinear",
             "antialias": True,
         },
@@ -62,12 +106,20 @@ def save_backbone(folder: Path, backbone: nn.Module, recipe: Recipe, *, step: in
         "sha256": hashlib.sha256(weights).hexdigest(),
         "step": step,
         "fastssl": fastssl.__version__,
-        "recipe": recipe.values,
+        "recipe": recipe,
     }
-    with whole_file(folder / _WEIGHTS) as file:
-        file.write(weights)
-    with whole_file(folder / _CARD) as file:
-        file.write(json.dumps(card, indent=1, allow_nan=False).encode())
+    return weights, json.dumps(card, indent=1, allow_nan=False).encode()
+
+
+def tensors_of(backbone: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict as safetensors takes it: on the CPU, contiguous, floats in float32."""
+    # Copies: safetensors refuses tensors that share memory or are not contiguous.
+    return {
+        name: tensor.detach()
+        .to(device="cpu", dtype=torch.float32 if tensor.is_floating_point() else tensor.dtype)
+        .clone(memory_format=torch.contiguous_format)
+        for name, tensor in backbone.state_dict().items()
+    }
 
 
 def load_backbone(path: Path | str) -> nn.Module:
@@ -166,3 +218,53 @@ def _fit(path: Path, weights: Path, tensors: dict[str, torch.Tensor], backbone: 
 
 def _more(names: list[str]) -> str:
     return f" and {len(names) - 5} more" if len(names) > 5 else ""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Exports what the command line names; returns the exit code."""
+    from fastssl import export_formats, trained  # noqa: PLC0415  # trained imports us
+
+    parser = argparse.ArgumentParser(
+        prog="fastssl/export.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("run", metavar="RUN")
+    parser.add_argument("--to", required=True, choices=export_formats.FORMATS)
+    parser.add_argument("--out", type=Path, metavar="FOLDER")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    given = parser.parse_intermixed_args(arguments)
+    if starting.environment("RANK", 0) != 0:
+        return 0  # nothing that several processes could share
+    try:
+        backbone, ignore = _overrides(given.overrides)
+        loaded = trained.load(given.run, backbone=backbone, ignore=ignore)
+        export_formats.export_to(loaded, given.to, given.out, say=starting.say)
+    except export_formats.Mismatch as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+def _overrides(texts: Sequence[str]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """What backbone.* and weights.ignore say, key by key as the backbone's Options take it."""
+    from fastssl import trained  # noqa: PLC0415  # imports this file
+
+    errors: list[str] = []
+    layer = read_overrides(texts, ("backbone", "weights"), errors)
+    ignore = check(layer["weights"], schema_of_settings("weights", trained.Weights), errors)
+    entries, network = layer["backbone"], {}
+    if entries:
+        node = yaml.ScalarNode("tag:yaml.org,2002:str", "fastssl.backbones.resnet")
+        use = entries.get("use") or Entry(node, "backbone.use", "default")
+        schema = schema_of_part("backbone", use, *PARTS["backbone"])
+        network = {"use": schema.name, **check(entries, schema, errors)}
+    if errors:
+        raise RecipeError("\n".join(errors))
+    return network, ignore.get("ignore", ())
+
+
+if __name__ == "__main__":
+    launcher.mend()
+    sys.exit(main(sys.argv[1:]))

@@ -1,7 +1,7 @@
 """The optimizer and its learning rate, step by step.
 
 The schedule is a pure function of the step: nothing to save, nothing that could run too fast when
-there are many processes. The loop in train.py writes its value into the optimizer's groups.
+there are many processes. The loop in train.py has its value written into the optimizer's groups.
 """
 
 import math
@@ -11,6 +11,8 @@ from typing import Literal
 
 import torch
 from torch import nn
+
+from fastssl import depths
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +27,10 @@ class Options:
     betas: tuple[float, float] = (0.9, 0.999)  # adam and adamw
     weight_decay: float = 1e-4  # adam adds it to the gradient, adamw takes it off the weights
     head_weight_decay: float | None = None  # of what is not the backbone; null: the same
+    layer_decay: float = 1.0  # what each stage's lr is, of that of the stage above (Howard & Ruder
+    # 2018, section 3.2; Bao et al. 2022: 0.65 to 0.75); the head's is lr, the last stage's a step
+    # below it
+    head_lr: float = 1.0  # what the lr of all that is not the backbone is multiplied by
     decay_norm_and_bias: bool = True  # False: no decay on norms and biases; lars leaves them alone
     trust_coefficient: float = 0.001  # lars (You et al. 2017, section 4: eta)
     schedule: Literal["cosine", "multistep", "constant"] = "cosine"
@@ -47,6 +53,10 @@ class Options:
             raise ValueError(f"weight_decay ({self.weight_decay}) must be at least 0")
         if self.head_weight_decay is not None and self.head_weight_decay < 0:
             raise ValueError(f"head_weight_decay ({self.head_weight_decay}) must be at least 0")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay ({self.layer_decay}) must be above 0 and at most 1")
+        if self.head_lr <= 0:
+            raise ValueError(f"head_lr ({self.head_lr}) must be above 0")
         if self.trust_coefficient <= 0:
             raise ValueError(f"trust_coefficient ({self.trust_coefficient}) must be above 0")
         if not 0 <= self.final_lr <= self.lr:
@@ -135,10 +145,16 @@ def learning_rate(
     return scale * options.lr * options.gamma**drops
 
 
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Gives every group its share of the learning rate of a step: groups carry their factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_factor", 1.0)
+
+
 def optimizer(options: Options, module: nn.Module) -> torch.optim.Optimizer:
     """The optimizer of `module`'s parameters that require a gradient.
 
-    It starts at `lr` as written; train.py sets each step's `learning_rate`.
+    It starts at `lr` as written; train.py sets each step's `learning_rate` by `set_lr`.
 
     Raises:
         ValueError: there is nothing to train, or `lars` without timm.
@@ -202,6 +218,11 @@ def summary(
         scaled = "not scaled with the batch"
     else:
         scaled = f"{options.lr:g} at {options.lr_batch} images, scaled to {batch}"
+    shares = ""
+    if options.layer_decay != 1:
+        shares += f", x {options.layer_decay:g} for each stage down from the head"
+    if options.head_lr != 1:
+        shares += f", the head x {options.head_lr:g}"
     schedule = {
         "cosine": f"cosine to {scale * options.final_lr:g}",
         "multistep": f"x {options.gamma:g} at epochs {_listed(options.milestones)}",
@@ -218,7 +239,7 @@ def summary(
     return "\n".join(
         [
             f"{options.name}: base lr {options.lr:g}, actual lr {scale * options.lr:g} ({scaled});"
-            f" {schedule}",
+            f" {schedule}{shares}",
             f"effective batch {batch} = {world} {_plural(world, 'process')} x {accumulate}"
             f" accumulated x {batch // (world * accumulate)} images;"
             f" {images} images and {steps_per_epoch} {_plural(steps_per_epoch, 'step')} per epoch;"
@@ -238,7 +259,8 @@ def _between(start: float, end: float, share: float) -> float:
 
 def _groups(options: Options, module: nn.Module) -> list[dict]:
     """Parameter groups, as few as the options need; those of weight_decay 0 are not adapted."""
-    groups: dict[float | None, list[nn.Parameter]] = {}
+    factors = _factors(options, module)
+    groups: dict[tuple[float | None, float], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -249,13 +271,29 @@ def _groups(options: Options, module: nn.Module) -> list[dict]:
         # any architecture and under any name.
         if parameter.ndim < 2 and not options.decay_norm_and_bias:
             decay = 0.0
-        groups.setdefault(decay, []).append(parameter)
+        groups.setdefault((decay, factors.get(name, 1.0)), []).append(parameter)
     # decayed first, whatever comes first in the module
-    order = sorted(groups, key=lambda decay: (decay == 0.0, decay is not None))
+    order = sorted(groups, key=lambda each: (each[0] == 0.0, each[0] is not None))
     return [
-        {"params": groups[decay]} | ({} if decay is None else {"weight_decay": decay})
-        for decay in order
+        {"params": groups[decay, factor]}
+        | ({} if decay is None else {"weight_decay": decay})
+        | ({} if factor == 1.0 else {"lr_factor": factor})
+        for decay, factor in order
     ]
+
+
+def _factors(options: Options, module: nn.Module) -> dict[str, float]:
+    """What the learning rate of a parameter is multiplied by, where that is not 1."""
+    factors = {}
+    if options.head_lr != 1.0:
+        names = [name for name, _ in module.named_parameters()]
+        factors = {name: options.head_lr for name in names if not name.startswith("backbone.")}
+    if options.layer_decay != 1.0:
+        backbone = module.get_submodule("backbone")
+        found = depths.depths(backbone)
+        for name, depth in found.parameters.items():
+            factors[f"backbone.{name}"] = options.layer_decay ** (len(found.stages) - depth)
+    return factors
 
 
 def _listed(numbers: tuple[float, ...]) -> str:

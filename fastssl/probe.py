@@ -17,7 +17,11 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from fastssl import distributed, loader, order
+from fastssl import distributed, labelled, loader, order
+from fastssl.labelled import Split
+from fastssl.neighbours import nearest, votes
+from fastssl.patch_network import Standardization
+from fastssl.representation import represent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +69,7 @@ class Knn:
         cache: Path,
         loading: loader.Options,
         say: Callable[[str], None],
+        standardize: Standardization = "global",
     ) -> None:
         """Lists `root`/train and `root`/val.
 
@@ -72,138 +77,109 @@ class Knn:
             root: the folder of both.
             options: of the probe.
             reader: pipelines/readers/*.
-            data: the reader's options; their root is replaced.
+            data: the reader's options; their root and limit are replaced.
             graph: the evaluation graph's file.
             evaluation: its options.
             cache: where the reader keeps listings.
             loading: how batches are made.
             say: told what the user should know.
+            standardize: what the objective does to patches, for a graph that puts out patches.
 
         Raises:
             ValueError: a split has no classes, or val has a class that train lacks.
         """
-        self._reader, self._graph, self._evaluation = reader, graph, evaluation
+        self._graph, self._evaluation = graph, evaluation
+        self._standardize: Standardization = standardize
         self._options, self._loading, self._say = options, loading, say
-        self._splits = {}
-        for name in ("train", "val"):
-            here = replace(data, root=str(root / name), limit=None)
-            try:
-                self._splits[name] = reader.list_samples(here, cache=cache, say=say)
-            except ValueError as error:
-                raise ValueError(f"probe.root ({root}): {error}") from error
-        for name, samples in self._splits.items():
-            if samples.labels is None:
-                raise ValueError(
-                    f"probe.root: {root / name} has no class folders: the kNN probe needs "
-                    f"{name}/<class>/<image>; give another probe.root"
-                )
-        train, val = self._splits["train"], self._splits["val"]
-        unknown = sorted(set(val.classes) - set(train.classes))
-        if unknown:
-            raise ValueError(
-                f"probe.root: {root / 'val'} has classes that {root / 'train'} lacks: "
-                f"{', '.join(unknown[:5])}{' ...' if len(unknown) > 5 else ''}"
-            )
-        self._classes = len(train.classes)
-        to_train = np.array([train.classes.index(name) for name in val.classes], np.int64)
-        self._labels = {"train": train.labels, "val": to_train[val.labels]}
+        try:
+            # Of training's images a subset may be asked for: it is not the probe's.
+            all_of = replace(labelled.whole(data, str(root)), limit=None)
+            train, val, classes = labelled.splits(reader, all_of, cache=cache, say=say)
+        except ValueError as error:
+            raise ValueError(f"probe.root ({root}): {error}") from error
+        if len(train.rows) > options.images:
+            some = np.linspace(0, len(train.rows) - 1, options.images).astype(np.int64)
+            train = replace(train, rows=train.rows[some], labels=train.labels[some])
+        self._train, self._val, self._classes = train, val, len(classes)
 
     def accuracies(self, backbone: nn.Module, accelerator: Accelerator) -> dict[int, float]:
         """The accuracy (0 ... 1) for each number of neighbours, the same on every process."""
         distributed.copy_from_first(backbone.buffers())  # batch norm saw other images on each rank
         was_training = backbone.training
         backbone.eval()
-        train_ND, train_labels_N, _ = self._features("train", backbone, accelerator, shared=True)
-        val_MD, val_labels_M, counts_M = self._features("val", backbone, accelerator, shared=False)
+        train_ND, train_label_N, _ = self._features(
+            self._train, backbone, accelerator, is_shared=True
+        )
+        val_MD, val_label_M, is_counted_M = self._features(
+            self._val, backbone, accelerator, is_shared=False
+        )
         backbone.train(was_training)
+        counts = [min(each, len(train_ND)) for each in self._options.neighbours]
+        similarity, labels = nearest([(train_ND, train_label_N)], val_MD, max(counts))
+        given = votes(
+            similarity,
+            labels,
+            neighbours=counts,
+            temperature=self._options.temperature,
+            classes=self._classes,
+        )
         accuracies = {}
-        for neighbours in self._options.neighbours:
-            predicted_M = knn(
-                train_ND,
-                train_labels_N,
-                val_MD,
-                neighbours=min(neighbours, len(train_ND)),
-                temperature=self._options.temperature,
-                classes=self._classes,
-            )
-            right = ((predicted_M == val_labels_M) & counts_M).sum()
-            both = distributed.gather(torch.stack([right, counts_M.sum()])[None]).sum(dim=0)
+        for neighbours, count in zip(self._options.neighbours, counts, strict=True):
+            is_right_M = given[count].argmax(dim=1) == val_label_M
+            right = (is_right_M & is_counted_M).sum()
+            both = distributed.gather(torch.stack([right, is_counted_M.sum()])[None]).sum(dim=0)
             accuracies[neighbours] = (both[0] / both[1]).item()
         return accuracies
 
     @torch.no_grad()
     def _features(
-        self, split: str, backbone: nn.Module, accelerator: Accelerator, *, shared: bool
+        self, split: Split, backbone: nn.Module, accelerator: Accelerator, *, is_shared: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Unit features [N, D], labels [N] and which count [N] (the last batch is filled up).
 
-        `shared`: of all processes, on each; otherwise this process's own part.
+        `is_shared`: of all processes, on each; otherwise this process's own part.
         """
-        samples, options = self._splits[split], self._options
-        usable = samples.usable
-        if split == "train" and len(usable) > options.images:
-            usable = usable[np.linspace(0, len(usable) - 1, options.images).astype(np.int64)]
-        rank, world = distributed.rank(), distributed.world()
+        rank, world, count = distributed.rank(), distributed.world(), len(split.rows)
         # A small split doesn't fill a whole batch: no more than its share.
-        batch = min(options.batch, -(-len(usable) // world))
-        plan = order.in_order(len(usable), rank, world, batch)
+        batch = min(self._options.batch, -(-count // world))
+        plan = order.in_order(count, rank, world, batch)
         batches = loader.Loader(
-            self._reader,
-            samples,
+            split.reader,
+            split.samples,
             self._graph,
             self._evaluation,
-            lambda step: usable[plan[step % len(plan)]],
+            lambda step: split.rows[plan[step % len(plan)]],
             batch=batch,
             seed=0,
             device=accelerator.device,
             loading=self._loading,
             say=self._say,
         )
-        labels_of = torch.from_numpy(self._labels[split]).to(accelerator.device)
-        features, labels, counts = [], [], []
+        # By row: the loader puts another image in the place of one that cannot be decoded.
+        label_of_row = torch.full((len(split.samples),), -1, dtype=torch.int64)
+        label_of_row[torch.from_numpy(split.rows)] = torch.from_numpy(split.labels)
+        label_of_row = label_of_row.to(accelerator.device)
+        features, labels, is_counted = [], [], []
         for step in range(len(plan)):
             tensors = next(batches)
             with accelerator.autocast():
-                output = backbone(tensors["image"])
+                output = represent(backbone, tensors, self._standardize)
             feature_BD = F.normalize(output.float(), dim=1)
-            label_B = labels_of[tensors["index"]]
+            label_B = label_of_row[tensors["index"]]
             first = (step * world + rank) * batch
-            count_B = torch.arange(first, first + batch, device=label_B.device) < len(usable)
-            if shared:
+            is_counted_B = torch.arange(first, first + batch, device=label_B.device) < count
+            if is_shared:
                 feature_BD = distributed.gather(feature_BD)
                 label_B = distributed.gather(label_B)
-                count_B = distributed.gather(count_B)
+                is_counted_B = distributed.gather(is_counted_B)
             features.append(feature_BD)
             labels.append(label_B)
-            counts.append(count_B)
-        feature_ND, label_N, count_N = torch.cat(features), torch.cat(labels), torch.cat(counts)
-        if shared:  # listing order, so that what was filled up is the tail
-            return feature_ND[: len(usable)], label_N[: len(usable)], count_N[: len(usable)]
-        return feature_ND, label_N, count_N
-
-
-def knn(
-    train: Tensor,
-    train_labels: Tensor,
-    val: Tensor,
-    *,
-    neighbours: int,
-    temperature: float,
-    classes: int,
-    block: int = 1024,
-) -> Tensor:
-    """The class [M] of each of `val` [M, D] by its neighbours among `train` [N, D], unit rows.
-
-    In blocks: no more than block x N similarities are held.
-    """
-    predicted = []
-    for val_BD in val.split(block):
-        similarity_BK, nearest_BK = (val_BD @ train.T).topk(neighbours, dim=1)
-        votes_BC = val.new_zeros((len(val_BD), classes)).scatter_add_(
-            1, train_labels[nearest_BK], ((similarity_BK - 1) / temperature).exp()
-        )
-        predicted.append(votes_BC.argmax(dim=1))
-    return torch.cat(predicted)
+            is_counted.append(is_counted_B)
+        feature_ND, label_N = torch.cat(features), torch.cat(labels)
+        is_counted_N = torch.cat(is_counted)
+        if is_shared:  # listing order, so that what was filled up is the tail
+            return feature_ND[:count], label_N[:count], is_counted_N[:count]
+        return feature_ND, label_N, is_counted_N
 
 
 def folder_of(options: Options, data: Any) -> Path | None:

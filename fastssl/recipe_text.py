@@ -25,7 +25,7 @@ class Entry(NamedTuple):
 
     node: yaml.Node
     place: str  # "recipes/pirl.yaml: optim.lr"
-    source: str  # "recipe", "demo" or "command line"
+    source: str  # "recipe", "demo", "command line" or "weights"
 
 
 Layer = dict[str, dict[str, Entry]]  # section -> key -> what was written; has every section

@@ -37,19 +37,25 @@ from torch import Tensor
 
 from fastssl import (
     checkpoint,
+    classifier,
     config,
     demo,
     distributed,
     export,
     journal,
+    labelled,
     launcher,
     optim,
     order,
     probe,
+    representation,
     run_folder,
+    weights,
 )
 from fastssl.config import Recipe
+from fastssl.head_probe import HeadProbe
 from fastssl.loader import DataError, Loader, output_names, threads_per_process
+from fastssl.loader import Options as LoaderOptions
 from fastssl.rehearsal import rehearse
 
 STOPPED = 75  # EX_TEMPFAIL: try again
@@ -61,8 +67,17 @@ def main(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
         return 0 if arguments else 2
+    return start(lambda: config.load(arguments[0], arguments[1:]))
+
+
+def start(load: Callable[[], Recipe]) -> int:
+    """Runs the recipe that `load` gives; a mistake is one line for the user.
+
+    Returns:
+        The exit code.
+    """
     try:
-        recipe = config.load(arguments[0], arguments[1:])
+        recipe = load()
         with contextlib.ExitStack() as until_the_end:
             return train(recipe, until_the_end)
     except (ValueError, OSError, Diverged) as error:
@@ -151,11 +166,13 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
     }
     threads = recipe.loader.threads or threads_per_process(_environment("LOCAL_WORLD_SIZE", 1))
     loading = replace(recipe.loader, threads=threads)
-    knn = None
+    knn = head = None
     folder = probe.folder_of(recipe.probe, recipe.data.options)
     try:
         if folder is not None:
             with _one_at_a_time(demo.cache()):
+                if "scores" in vars(recipe.objective.module.Objective):
+                    head = _head_probe(recipe, samples.classes, folder, loading, say)
                 knn = probe.Knn(
                     folder,
                     recipe.probe,
@@ -166,6 +183,7 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
                     cache=demo.cache(),
                     loading=loading,
                     say=say,
+                    standardize=representation.standardization(recipe.values),
                 )
     except ValueError as error:
         if recipe.probe.root is not None:
@@ -176,6 +194,8 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
     # ---- Model, as yet on the CPU ---------------------------------------------------------------
     set_seed(options.seed)  # the same weights on every process
     backbone = recipe.backbone.module.backbone(recipe.backbone.options)
+    if options.weights is not None:  # in place of the random ones, so that the head's stay the same
+        fingerprint["train.weights"] = weights.load_into(backbone, options.weights)
     objective: Any = recipe.objective.module.Objective(
         backbone,
         recipe.objective.options,
@@ -334,7 +354,11 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
         return losses
 
     def measure() -> None:
-        """The kNN accuracy of the backbone as it is, into the journal."""
+        """The accuracy of the head, and of the backbone by kNN, into the journal."""
+        if head is not None:
+            top1, top5 = head.accuracies(objective, accelerator)
+            log.probe(step, "val", {"accuracy": top1, "top5": top5})
+            log.say(f"step {step}: accuracy on val {top1:.1%}, top-5 {top5:.1%}")
         if knn is None:
             return
         accuracies = knn.accuracies(backbone, accelerator)
@@ -342,6 +366,7 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
         line = {"accuracy": accuracy, "neighbours": k}
         log.probe(step, "knn", line | {f"accuracy_k{k}": value for k, value in others})
         log.say(f"step {step}: kNN accuracy (k = {k}) {accuracy:.1%}")
+        model.train()  # what an objective keeps frozen too
 
     # ---- Train loop ----------------------------------------------------------------------------
     log.say(
@@ -375,8 +400,7 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
             steps_per_epoch=steps_per_epoch,
             batch=options.batch,
         )
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        optim.set_lr(optimizer, lr)
         optimizer.zero_grad()
         for part in range(options.accumulate):
             tensors = next(loader)
@@ -452,8 +476,10 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
     else:
         measure()
         if rank == 0:
+            if "scores" in vars(recipe.objective.module.Objective):
+                classifier.save_head(out, objective.head, samples.classes)
             export.save_backbone(out, backbone, recipe, step=step)
-            _last_words(out, log)
+            _last_words(out, log, "random network" if options.weights is None else "at the start")
     return STOPPED if step < steps else 0
 
 
@@ -541,13 +567,32 @@ def _greatest(value: float, device: torch.device) -> float:
     return distributed.gather(torch.tensor([value], device=device)).max().item()
 
 
-def _last_words(out: Path, log: journal.Journal) -> None:
-    """The kNN accuracy of the random network and of the trained one."""
-    probes = [line for line in journal.read(out) if line.get("probe") == "knn"]
+def _head_probe(
+    recipe: Recipe,
+    classes: tuple[str, ...],
+    folder: Path,
+    loading: LoaderOptions,
+    say: Callable[[str], None],
+) -> HeadProbe:
+    """Of an objective that learns classes, on the val split of `folder`."""
+    data = replace(labelled.whole(recipe.data.options, str(folder)), limit=None)
+    _, val, _ = labelled.splits(recipe.data.module, data, cache=demo.cache(), say=say)
+    return HeadProbe(
+        val, classes, recipe.evaluation, batch=recipe.probe.batch, loading=loading, say=say
+    )
+
+
+def _last_words(out: Path, log: journal.Journal, before: str) -> None:
+    """The accuracy on val; kNN's before (in one word) and after."""
+    every = journal.read(out)
+    heads = [line for line in every if line.get("probe") == "val"]
+    if heads:
+        log.say(f"accuracy on val {heads[-1]['accuracy']:.1%}, top-5 {heads[-1]['top5']:.1%}")
+    probes = [line for line in every if line.get("probe") == "knn"]
     if probes and probes[0]["step"] == 0:
         first, last = probes[0], probes[-1]
         log.say(
-            f"kNN accuracy (k = {last['neighbours']}): random network {first['accuracy']:.1%}, "
+            f"kNN accuracy (k = {last['neighbours']}): {before} {first['accuracy']:.1%}, "
             f"trained {last['accuracy']:.1%}"
         )
     log.say(f"done: {out}/backbone.safetensors, {out}/backbone.json, {out}/metrics.jsonl")

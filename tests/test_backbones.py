@@ -14,6 +14,7 @@ NAMES = [file.stem for file in FILES]
 EXAMPLES = {  # a small network of each file
     "resnet": {"name": "resnet18", "stem": "small"},
     "nin": {"blocks": 3, "width": 12},
+    "named": {"name": "timm:convnext_atto"},
 }
 STAGES = ["stem", "layer1", "layer2", "layer3", "layer4", "pool"]
 

@@ -654,3 +654,30 @@ def test_the_head_of_every_recipe_says_how_it_is_run(path: Path):
     assert head is not None
     command = f"accelerate launch fastssl/train.py {path.relative_to(CHECKOUT)}"
     assert command in head.group()
+
+
+def test_sections_that_came_with_weights_stand_in_place_of_the_recipe_s_and_the_demo_s():
+    path = CHECKOUT / "recipes" / "supervised.yaml"
+    given = {"use": "fastssl.backbones.resnet", "name": "resnet18", "width": 16}
+    recipe = config.load(path, ["backbone.stem=small"], {"backbone": given})
+
+    assert recipe.demo
+    assert recipe.values["backbone"] == {**given, "stem": "small", "zero_init_residual": False}
+    assert recipe.sources["backbone.width"] == "weights"
+    assert recipe.sources["backbone.stem"] == "command line"
+    assert recipe.sources["backbone.zero_init_residual"] == "default"
+
+
+def test_a_section_that_came_with_weights_is_checked_as_any_other():
+    path = CHECKOUT / "recipes" / "supervised.yaml"
+    given = {"use": "fastssl.backbones.resnet", "nam": "resnet18"}
+    with pytest.raises(
+        RecipeError, match=r"train.weights: backbone.nam: unknown key; did you mean"
+    ):
+        config.load(path, [], {"backbone": given})
+
+
+def test_weights_may_be_at_another_path_when_a_run_goes_on_and_are_no_empty_word():
+    assert "train.weights" in config.FREE_ON_RESUME  # a checkpoint knows their SHA-256
+    with pytest.raises(RecipeError, match=r"weights \(''\) must name a RUN, or be null"):
+        config.load(CHECKOUT / "recipes" / "supervised.yaml", ["train.weights=''"])

@@ -12,6 +12,7 @@ from torch import nn
 from torchvision.models import resnet18
 
 from fastssl import optim
+from fastssl.backbones import resnet
 
 PIRL: dict[str, Any] = {"lr": 0.12, "final_lr": 1.2e-4}  # Misra & van der Maaten 2020, section 3
 
@@ -315,3 +316,84 @@ def test_the_summary_warns_of_a_run_that_is_all_warm_up():
 def test_options_that_cannot_hold_together_are_refused_by_name(wrong, message):
     with pytest.raises(ValueError, match=message):
         optim.Options(**{"lr": 0.1, **wrong})
+
+
+class Deep(nn.Module):
+    """A backbone of three stages with parameters, under a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = resnet.backbone(resnet.Options(name="resnet10", width=4))
+        self.head = nn.Linear(32, 3)
+
+
+def test_every_stage_learns_at_its_own_share_of_the_learning_rate():
+    module = Deep()
+    options = optim.Options(lr=0.1, layer_decay=0.5, head_lr=10.0, decay_norm_and_bias=False)
+    optimizer = optim.optimizer(options, module)
+    optim.set_lr(optimizer, 0.08)
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    rates: dict[str, set[float]] = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            stage = names[parameter].split(".")[:2]
+            rates.setdefault(stage[-1] if stage[0] == "backbone" else "head", set()).add(
+                group["lr"]
+            )
+
+    assert rates == {
+        "conv1": {0.08 / 32},
+        "bn1": {0.08 / 32},
+        "layer1": {0.08 / 16},
+        "layer2": {0.08 / 8},
+        "layer3": {0.08 / 4},
+        "layer4": {0.08 / 2},
+        "head": {0.8},
+    }
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(names)
+
+
+def test_without_shares_groups_and_state_are_as_ever():
+    optimizer = optim.optimizer(optim.Options(lr=0.1), Deep())
+    optim.set_lr(optimizer, 0.07)
+
+    assert len(optimizer.param_groups) == 1
+    assert optimizer.param_groups[0]["lr"] == 0.07
+    assert "lr_factor" not in optimizer.param_groups[0]
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "lars"])
+def test_shares_are_part_of_what_is_saved(name):
+    options = optim.Options(lr=0.1, name=name, layer_decay=0.5)
+    module = Deep()
+    saved = optim.optimizer(options, module).state_dict()
+    restored = optim.optimizer(options, module)
+    restored.load_state_dict(saved)
+    optim.set_lr(restored, 1.0)
+
+    assert sorted({group["lr"] for group in restored.param_groups}) == [
+        *(0.5**depth for depth in (5, 4, 3, 2, 1)),
+        1.0,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"layer_decay": 0.0}, r"layer_decay \(0.0\) must be above 0 and at most 1"),
+        ({"layer_decay": 1.5}, r"layer_decay \(1.5\) must be above 0 and at most 1"),
+        ({"head_lr": 0.0}, r"head_lr \(0.0\) must be above 0"),
+    ],
+)
+def test_shares_out_of_range_are_refused_by_name(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        optim.Options(lr=0.1, **wrong)
+
+
+def test_the_summary_tells_of_shares():
+    options = optim.Options(lr=0.1, schedule="constant", layer_decay=0.75, head_lr=10.0)
+    text = optim.summary(
+        options, batch=8, world=1, accumulate=1, images=8, steps_per_epoch=1, steps=1
+    )
+
+    assert "constant, x 0.75 for each stage down from the head, the head x 10\n" in text

@@ -1,69 +1,23 @@
-"""The kNN probe: votes against a slow version, every image counted once, folders that don't fit."""
+"""The kNN probe of a run: every image counted once, and folders that don't fit are named."""
 
-import math
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 
 from fastssl import probe
 from fastssl.loader import Options
-from pipelines import evaluation
+from pipelines import evaluation, evaluation_patches
 from pipelines.readers import folder
-from tests import tiny_backbone
-
-
-def slow_knn(train, labels, val, neighbours: int, temperature: float, classes: int) -> list[int]:
-    predicted = []
-    for one in val.tolist():
-        similar = [sum(a * b for a, b in zip(one, row, strict=True)) for row in train.tolist()]
-        nearest = sorted(range(len(similar)), key=lambda row: -similar[row])[:neighbours]
-        votes = [0.0] * classes
-        for row in nearest:
-            votes[int(labels[row])] += math.exp(similar[row] / temperature)
-        predicted.append(votes.index(max(votes)))
-    return predicted
-
-
-@pytest.mark.parametrize("neighbours", [1, 5, 37])
-@pytest.mark.parametrize("temperature", [0.07, 1.0])
-@pytest.mark.parametrize("block", [4, 1024])
-def test_votes_are_those_of_a_slow_version(neighbours, temperature, block):
-    generator = torch.Generator().manual_seed(neighbours)
-    train = F.normalize(torch.randn(37, 6, generator=generator, dtype=torch.float64), dim=1)
-    val = F.normalize(torch.randn(11, 6, generator=generator, dtype=torch.float64), dim=1)
-    labels = torch.randint(0, 4, (37,), generator=generator)
-    predicted = probe.knn(
-        train, labels, val, neighbours=neighbours, temperature=temperature, classes=4, block=block
-    )
-
-    assert predicted.tolist() == slow_knn(train, labels, val, neighbours, temperature, 4)
-
-
-def test_near_neighbours_outvote_many_far_ones_at_a_low_temperature_only():
-    train = F.normalize(torch.tensor([[1.0, 0.0], [0.9, 0.5], [0.9, 0.5]]), dim=1)
-    labels, val = torch.tensor([0, 1, 1]), torch.tensor([[1.0, 0.0]])
-    votes = [
-        probe.knn(train, labels, val, neighbours=3, temperature=temperature, classes=2).item()
-        for temperature in (0.07, 10.0)
-    ]
-
-    assert votes == [0, 1]
+from tests import few_images, tiny_backbone
 
 
 @pytest.fixture
 def data(tmp_path, demo_images) -> Path:
     """train/ with 3 classes of 7 and val/ with 2 of them, 5 and 4 images: nothing divides."""
-    for split, counts in (("train", (7, 7, 7)), ("val", (0, 5, 4))):
-        classes = sorted((demo_images / split).iterdir())[:3]
-        for images, count in zip(classes, counts, strict=True):
-            for file in sorted(images.iterdir())[:count]:
-                (tmp_path / split / images.name).mkdir(parents=True, exist_ok=True)
-                shutil.copy(file, tmp_path / split / images.name)
-    return tmp_path
+    return few_images.copy(demo_images, tmp_path)
 
 
 def make(root: Path, **options) -> probe.Knn:
@@ -126,6 +80,44 @@ def test_a_probe_changes_nothing_in_the_network_or_the_random_state(data):
 
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
+
+
+@pytest.mark.parametrize("how", ["joint", "global"])
+def test_patches_are_standardised_as_the_objective_does_it(data, how):
+    # The training images themselves as val: each is its own neighbour.
+    shutil.rmtree(data / "val")
+    shutil.copytree(data / "train", data / "val")
+    probes = probe.Knn(
+        data,
+        probe.Options(neighbours=(1,)),
+        reader=folder,
+        data=folder.Options(root="elsewhere"),
+        graph=evaluation_patches,
+        evaluation=evaluation_patches.Options(resize=36, crop=36),
+        cache=data / "cache",
+        loading=Options(threads=1),
+        say=lambda _: None,
+        standardize=how,
+    )
+    taken = []
+
+    class Spy(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = torch.nn.Linear(1, 1)  # pixels get the type of the first parameter
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            taken.append(x)
+            return x.float().flatten(1)
+
+    found = probes.accuracies(Spy(), Accelerator(cpu=True))
+
+    assert found == {1: 1.0}
+    assert taken[0].shape == (9 * 21, 3, 12, 12)
+    if how == "joint":
+        assert taken[0].mean((1, 2, 3)).abs().max() < 1e-4
+    else:
+        assert taken[0].dtype == torch.uint8
 
 
 def test_folders_that_do_not_fit_are_named(data, tmp_path):

@@ -10,6 +10,8 @@ whose `__post_init__` refuses wrong values, and `class Objective(nn.Module)`:
         `accuracy` of the pretext task and its `chance` level among them. A parameter with a
         default is an output that some graphs lack; `takes(options)`, beside the class, then names
         those that these options need.
+    scores(image) -> [B, classes]: only of an objective that learns the folder's classes: train.py
+        then tells its accuracy on the val split and leaves `self.head` as head.safetensors.
     finish_step(): called once after every optimizer step; forward may run several times before.
 All parameters that require a gradient must get one at every call. With several processes,
 loss and gradient (averaged, as DDP does) are those of one with the joined batch.

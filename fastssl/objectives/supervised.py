@@ -78,8 +78,12 @@ class Objective(nn.Module):
             The mean loss of the batch, and: `accuracy`, the part of the images whose class has
             the highest score; `chance`, what accuracy would be by luck.
         """
-        scores = self.head(self.backbone(image))
+        scores = self.scores(image)
         return classification(scores, self.labels[index], self.options.label_smoothing)
+
+    def scores(self, image: Tensor) -> Tensor:
+        """The score of each class [B, classes] for `image` [B, 3, S, S]."""
+        return self.head(self.backbone(image))
 
     def finish_step(self) -> None:
         """Nothing is kept between steps."""

@@ -25,7 +25,7 @@ from nvidia.dali.fn.io import file
 from nvidia.dali.types import BatchInfo, DALIDataType
 
 from pipelines.images import Decoding, Encoded, Image
-from pipelines.readers import headers
+from pipelines.readers import headers, subset
 
 PROGRESS_SECONDS = 5  # between lines, while a listing or a scan is going on
 _DIGEST = 32  # bytes
@@ -47,6 +47,11 @@ class Options:
     max_pixels: int = 178_956_970
     # Use only so many images, evenly spaced over the usable ones: rows are then counted among them.
     limit: int | None = None
+    # Few labels: this part of the usable images of every class (at least one of each), or so many
+    # of every class. Rows are then counted among them, as with `limit`.
+    fraction: float | None = None
+    per_class: int | None = None
+    subset_seed: int = 0  # which of them: the same seed gives the same files on every machine
 
     def __post_init__(self):
         if not self.root:
@@ -57,6 +62,12 @@ class Options:
             raise ValueError(f"max_pixels ({self.max_pixels}) must be at least 1")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit ({self.limit}) must be at least 1, or null for all")
+        subset.check(
+            fraction=self.fraction,
+            per_class=self.per_class,
+            subset_seed=self.subset_seed,
+            limit=self.limit,
+        )
 
 
 @dataclass(frozen=True)
@@ -112,7 +123,7 @@ def list_samples(options: Options, *, cache: Path | None, say: Callable[[str], N
 
     Raises:
         ValueError: there is no such folder, it cannot be read, it holds no usable image, or, with
-            `bad: error`, any file in it is bad.
+            `bad: error`, any file in it is bad; or a subset can't be taken.
     """
     root = os.path.abspath(os.path.expanduser(options.root))
     _check_root(root)
@@ -136,11 +147,23 @@ def list_samples(options: Options, *, cache: Path | None, say: Callable[[str], N
     good[np.fromiter(bad, np.int64, len(bad))] = False
     usable = np.flatnonzero(good)
     names, sizes = files.names, files.sizes
+    classes, labels = _classes(names, usable)
+    kept = subset.choose(
+        usable,
+        labels,
+        classes,
+        names.__getitem__,
+        fraction=options.fraction,
+        per_class=options.per_class,
+        seed=options.subset_seed,
+        root=root,
+    )
     if options.limit is not None and options.limit < len(usable):
         kept = usable[np.linspace(0, len(usable) - 1, options.limit).astype(np.int64)]
+    if kept is not None:
         names, sizes, height, width = names.only(kept), sizes[kept], height[kept], width[kept]
         usable, bad = np.arange(len(kept)), {}
-    classes, labels = _classes(names, usable)
+        classes, labels = _classes(names, usable)
     return Samples(
         root=root,
         names=names,

@@ -29,6 +29,7 @@ from nvidia.dali.data_node import DataNode
 from nvidia.dali.types import BatchInfo, DALIDataType
 
 from pipelines.images import Decoding, Encoded, Image, Pixels
+from pipelines.readers import subset
 
 FORMAT = "fastssl packed store"
 VERSION = 1  # of the layout: readers refuse every other
@@ -56,6 +57,11 @@ class Options:
     bad: Literal["skip", "error"] = "skip"  # what to do about images that `verify` finds damaged
     # Use only so many images, evenly spaced over the usable ones: rows are then counted among them.
     limit: int | None = None
+    # Few labels: this part of the usable images of every class (at least one of each), or so many
+    # of every class. Rows are then counted among them, as with `limit`.
+    fraction: float | None = None
+    per_class: int | None = None
+    subset_seed: int = 0  # which of them: those that the folder's reader takes of the source
     # Read everything once before training and compare checksums; else only sizes and the index.
     verify: bool = False
 
@@ -66,6 +72,12 @@ class Options:
             raise ValueError(f"bad ({self.bad!r}) must be 'skip' or 'error'")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit ({self.limit}) must be at least 1, or null for all")
+        subset.check(
+            fraction=self.fraction,
+            per_class=self.per_class,
+            subset_seed=self.subset_seed,
+            limit=self.limit,
+        )
 
 
 @dataclass(frozen=True)
@@ -101,7 +113,7 @@ class Samples:
     width: np.ndarray  # int32 [rows]
     usable: np.ndarray  # int64, the rows that are not damaged, as far as was looked
     bad: dict[int, str]  # the other rows, with the reason
-    fingerprint: str  # of the index and of the limit: the same rows mean the same images
+    fingerprint: str  # of the index and of the subset: the same rows mean the same images
 
     def __len__(self) -> int:
         return len(self.offset)
@@ -136,7 +148,7 @@ def list_samples(options: Options, *, cache: Path | None, say: Callable[[str], N
 
     Raises:
         ValueError: this is no store, or one of another version, or a file of it is missing, cut off
-            or damaged; names the file and the remedy.
+            or damaged; names the file and the remedy. Or there is no such subset.
     """
     root = os.path.abspath(os.path.expanduser(options.root))
     manifest = read_manifest(root)
@@ -150,11 +162,21 @@ def list_samples(options: Options, *, cache: Path | None, say: Callable[[str], N
     is_usable = np.ones(manifest.images, bool)
     is_usable[list(bad)] = False
     usable = np.flatnonzero(is_usable)
-    stored = None
     fields = {key: columns[key] for key in COLUMNS if key not in ("name", "name_end", "label")}
     label = columns["label"]
+    stored = subset.choose(
+        usable,
+        label if manifest.classes else None,
+        manifest.classes,
+        lambda row: os.fsencode(_name(columns["name"], columns["name_end"], row)),
+        fraction=options.fraction,
+        per_class=options.per_class,
+        seed=options.subset_seed,
+        root=root,
+    )
     if options.limit is not None and options.limit < len(usable):
         stored = usable[np.linspace(0, len(usable) - 1, options.limit).astype(np.int64)]
+    if stored is not None:
         fields = {key: column[stored] for key, column in fields.items()}
         label = label[stored]
         usable, bad = np.arange(len(stored)), {}

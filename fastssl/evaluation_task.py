@@ -1,0 +1,121 @@
+"""What an evaluation is given: a backbone with weights, labelled images, features, the journal."""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from fastssl import distributed, features, labelled, loader, starting
+from fastssl.config import Part
+from fastssl.features import Features
+from fastssl.features import Options as FeatureOptions
+from fastssl.labelled import Split
+from fastssl.trained import Trained
+
+Cell = str | float | int | None
+
+
+@dataclass
+class Table:
+    """A result to print: one row or more of one RUN, joined with those of the others.
+
+    A float is a fraction (accuracy, mAP) and shown in per cent with one decimal, but in columns
+    named in `plain`, where it is shown as it is with four digits. An int or str is shown as it is,
+    None as a dash. A first column `run` is put before rows that don't have it.
+    """
+
+    title: str
+    columns: list[str]
+    rows: list[list[Cell]]
+    plain: tuple[str, ...] = ()
+
+
+@dataclass
+class Task:
+    """One RUN to evaluate."""
+
+    trained: Trained
+    accelerator: Accelerator
+    reader: Part  # section data; its root is the folder around train/ and val/ (or another layout)
+    demo: bool  # no data.root was given: these are the built-in images
+    graph: Part  # section evaluation: the run's own, with what the command line changed
+    loading: loader.Options
+    features: FeatureOptions
+    cache: Path
+    out: Path  # folder for pictures and tables; make it before writing
+    seed: int
+    say: Callable[[str], None]  # silent on all processes but the first
+    runs: tuple[Trained, ...] = ()  # all of the command, this one among them
+    _splits: tuple[Split, Split, tuple[str, ...]] | None = None
+    _features: dict[str, Features] = field(default_factory=dict)
+
+    def splits(self) -> tuple[Split, Split, tuple[str, ...]]:
+        """train, val and the names of the classes; listed once.
+
+        Raises:
+            ValueError: see `labelled.splits`.
+        """
+        if self._splits is None:
+            with starting.one_at_a_time(self.cache):
+                self._splits = labelled.splits(
+                    self.reader.module, self.reader.options, cache=self.cache, say=self.say
+                )
+        return self._splits
+
+    def extract(self, split: Split, options: FeatureOptions | None = None) -> Features:
+        """The features of a split, by the graph of the task; all processes call it together.
+
+        Args:
+            split: of `splits()`, or another with the same reader.
+            options: others than the section `features`, such as fewer stages.
+
+        Raises:
+            ValueError: see `features.extract`.
+        """
+        options = self.features if options is None else options
+        key = f"{split.name} {split.samples.fingerprint} {hash(split.rows.tobytes())} {options}"
+        if key not in self._features:
+            self._features[key] = features.extract(
+                self.trained,
+                split,
+                self.graph,
+                options,
+                loading=self.loading,
+                accelerator=self.accelerator,
+                cache=self.cache,
+                say=self.say,
+            )
+        return self._features[key]
+
+    def log(self, probe: str, values: Mapping[str, Any]) -> None:
+        """Adds a probe's line to metrics.jsonl: of the run folder, else of `out`.
+
+        Args:
+            probe: "linear", "knn", ...
+            values: plain types: `stage`, `accuracy` or `map` (0 ... 1), and the settings.
+        """
+        if distributed.rank() != 0:
+            return
+        folder = self.trained.folder or self.out
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "metrics.jsonl"
+        line = json.dumps({"step": self.trained.step, "probe": probe, **values}, allow_nan=False)
+        # One write, at the end whoever else writes: never half a line between two of others.
+        file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            size = os.fstat(file).st_size
+            torn = size > 0 and os.pread(file, 1, size - 1) != b"\n"
+            if torn:  # by a full disk: readers stop there
+                self.say(f"warning: {path} ends in half a line: nothing is added to it")
+                return
+            data = f"{line}\n".encode()
+            if os.write(file, data) < len(data):
+                raise OSError(f"{path}: the disk is full")
+        except OSError as error:
+            self.say(f"warning: {path} can't be written: {error.strerror or error}")
+        finally:
+            os.close(file)

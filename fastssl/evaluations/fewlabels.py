@@ -1,0 +1,321 @@
+"""Few labels: how good the backbone is where only some images of each class have one.
+
+linear    logistic regression by L-BFGS on the frozen features of those images
+finetune  all of the network and a linear head, as VISSL's semi-supervised benchmark (70 epochs,
+          batch 256, x 0.1 at 30, Nesterov, no weight decay; lr 0.01 as PIRL's, 0.05 in VISSL's
+          yaml; random resized crop and flip), each a run of its own that goes on after a stop
+Every seed takes other images, the same ones for every RUN. The head is tested on all of val.
+"""
+
+import hashlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import safetensors.torch
+import torch
+import yaml
+
+from fastssl import distributed, journal, logistic
+from fastssl.config import RecipeError
+from fastssl.evaluation_task import Cell, Table, Task
+from fastssl.labelled import Split
+
+HELP = "1 % and 10 % of the labels, or K of each class: logistic regression and fine-tuning"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The `fewlabels` command."""
+
+    fractions: tuple[float, ...] = (0.01, 0.1)  # of each class's images, at least one
+    per_class: tuple[int, ...] = ()  # images of each class
+    seeds: tuple[int, ...] = (0, 1, 2)  # which images; of fine-tuning also head, order and crops
+    method: tuple[Literal["linear", "finetune"], ...] = ("linear", "finetune")
+    # linear
+    stage: str = "last"  # of the backbone; last: what forward returns
+    l2: float | None = None  # of mean cross-entropy + l2/2 |W|^2; null: 100 / (features * classes)
+    updates: int = 800  # of L-BFGS at most
+    # finetune
+    epochs: int = 70
+    lr: float = 0.01  # for 256 images and not scaled down: smaller batches are those of few images
+    head_lr: float = 1.0  # what the head's lr is multiplied by (mmselfsup tries 1, 10, 100)
+    milestones: tuple[float, ...] = (30,)  # epochs
+    batch: int = 256  # at most; never more than there are images
+    steps: int = 0  # at least so many optimizer steps: more epochs, milestones in proportion
+    train_stages: Literal["all"] | int = "all"
+    image_area: tuple[float, float] = (0.08, 1.0)  # of the random resized crop
+    layer_decay: float = 1.0
+    mixup: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuses what can't be.
+
+        Raises:
+            ValueError: says which value.
+        """
+        if not self.fractions and not self.per_class:
+            raise ValueError("fractions and per_class are both empty: give [0.01] or [10]")
+        if not all(0 < each <= 1 for each in self.fractions):
+            raise ValueError(f"fractions ({list(self.fractions)}) must be above 0, at most 1")
+        if not all(each >= 1 for each in self.per_class):
+            raise ValueError(f"per_class ({list(self.per_class)}) must be at least 1")
+        if not self.seeds or not all(0 <= each < 2**31 for each in self.seeds):
+            raise ValueError(f"seeds ({list(self.seeds)}) must be one or more in 0 ... {2**31 - 1}")
+        if not self.method:
+            raise ValueError("method is empty: give linear, finetune or both")
+        if self.l2 is not None and self.l2 < 0:
+            raise ValueError(f"l2 ({self.l2}) must be at least 0, or null")
+        for name in ("epochs", "batch", "updates"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
+        if self.steps < 0:
+            raise ValueError(f"steps ({self.steps}) must be at least 0")
+
+
+@dataclass(frozen=True)
+class _Subset:
+    """The images of one seed."""
+
+    options: Any  # of the reader
+    rows: np.ndarray  # int64, in the listing of all
+    key: str  # "fraction" or "per_class"
+    value: float | int
+    seed: int
+
+
+def evaluate(task: Task, options: Options) -> Table:
+    """One row for each amount of labels and method: mean and deviation over the seeds.
+
+    Raises:
+        ValueError: a class has fewer images than asked for, several processes were asked to
+            fine-tune, or a fine-tuning failed.
+    """
+    if "finetune" in options.method and distributed.world() > 1:
+        raise ValueError(
+            f"fewlabels.method: finetune runs in one process, here are {distributed.world()}: give"
+            " --num_processes 1, or fewlabels.method=[linear]"
+        )
+    train_split, _, classes = task.splits()
+    amounts: list[tuple[str, float | int]] = [("fraction", each) for each in options.fractions]
+    amounts += [("per_class", each) for each in options.per_class]
+    # all of them before the first is trained: a class may have too few images
+    row_of = {train_split.samples.path(row): row for row in train_split.rows.tolist()}
+    subsets = {
+        amount: [_subset(task, *amount, seed, train_split, row_of) for seed in options.seeds]
+        for amount in amounts
+    }
+    rows: list[list[Cell]] = []
+    for (key, value), drawn in subsets.items():
+        labels = f"{value:.3g} of each class" if key == "per_class" else f"{100 * value:.3g} %"
+        for method in options.method:
+            measure = _linear if method == "linear" else _finetune
+            found = [measure(task, options, each, len(classes)) for each in drawn]
+            top1, top5 = ([each[place] for each in found] for place in (0, 1))
+            settings = {"labels": labels, "method": method, "images": len(drawn[0].rows)}
+            task.log(
+                "fewlabels",
+                {
+                    **settings,
+                    "stage": options.stage if method == "linear" else "last",
+                    "accuracy": statistics.fmean(top1),
+                    "std": statistics.pstdev(top1),
+                    "top5": statistics.fmean(top5),
+                    "top5_std": statistics.pstdev(top5),
+                    "seeds": list(options.seeds),
+                    "accuracies": top1,
+                },
+            )
+            rows.append([*settings.values(), _spread(top1), _spread(top5)])
+    return Table(
+        title=f"Few labels, {len(options.seeds)} draws: accuracy on val, %",
+        columns=["labels", "method", "images", "top-1", "top-5"],
+        rows=rows,
+    )
+
+
+def _subset(
+    task: Task, key: str, value: float | int, seed: int, split: Split, row_of: dict[str, int]
+) -> _Subset:
+    """What the reader takes, as rows of the whole listing, by the files' paths."""
+    if key not in vars(task.reader.options):
+        raise ValueError(f"data.use {task.reader.use} has no option {key}: it can't take a subset")
+    plain = {"fraction": None, "per_class": None, "limit": None, "root": split.samples.root}
+    given = replace(task.reader.options, **(plain | {key: value, "subset_seed": seed}))
+    chosen = split.reader.list_samples(given, cache=task.cache, say=lambda _: None)
+    rows = [row_of[chosen.path(row)] for row in chosen.usable.tolist()]
+    return _Subset(given, np.array(rows, np.int64), key, value, seed)
+
+
+def _spread(values: list[float]) -> str:
+    """Mean and standard deviation over the draws, in per cent."""
+    return f"{100 * statistics.fmean(values):.1f} +- {100 * statistics.pstdev(values):.1f}"
+
+
+# -- linear -------------------------------------------------------------------------------------
+
+
+def _linear(task: Task, options: Options, subset: _Subset, classes: int) -> tuple[float, float]:
+    """Top-1 and top-5 on val."""
+    train_split, val_split, _ = task.splits()
+    chosen = replace(task.features, stages=(options.stage,))
+    train_features, val_features = (
+        task.extract(train_split, chosen),
+        task.extract(val_split, chosen),
+    )
+    ((stage, feature_ND),) = train_features.stages.items()
+    wanted = np.isin(train_features.rows, subset.rows)
+    known = _rows(task, stage, feature_ND[wanted], train_features.labels[wanted])
+    asked = _rows(task, stage, val_features.stages[stage], val_features.labels)
+    l2 = 100 / (known.length * classes) if options.l2 is None else options.l2
+    found = logistic.fit(known, classes=classes, l2=l2, updates=options.updates, tolerance=1e-5)
+    predictions = logistic.predict(asked, logistic.scores_of(found, None))
+    right = predictions.classes == val_features.labels
+    return float(right.mean()), float(predictions.in_five.mean())
+
+
+def _rows(task: Task, stage: str, features: np.ndarray, labels: np.ndarray) -> logistic.Rows:
+    device = task.accelerator.device
+    return logistic.Rows(features, labels, stage=stage, block=8192, device=device, memory=8e9)
+
+
+# -- finetune -----------------------------------------------------------------------------------
+
+
+def _finetune(task: Task, options: Options, subset: _Subset, classes: int) -> tuple[float, float]:
+    """Top-1 and top-5 on val of a run in a process of its own: Accelerate's state is the process's.
+
+    A run that is there already and of the same settings is read, or gone on with.
+    """
+    del classes
+    weights = _as_run(task)
+    recipe = _recipe(task, options, subset, weights)
+    # The same settings find their run again, others make one of their own.
+    written = json.dumps([recipe, task.trained.weights], sort_keys=True)
+    name = hashlib.sha256(written.encode()).hexdigest()[:8]
+    amount = f"{subset.key}-{subset.value:g}-seed-{subset.seed}-{name}"
+    folder = (task.out / "fewlabels" / amount).absolute()
+    if not (folder / "backbone.json").exists():
+        path = folder.with_suffix(".yaml")
+        path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+        task.say(f"fewlabels: fine-tuning on {len(subset.rows)} images, {folder}")
+        _run(task, path, folder)
+    heads = [line for line in journal.read(folder) if line.get("probe") == "val"]
+    if not heads:
+        raise RecipeError(f"{folder} was never tested on val: delete it, and start again")
+    return heads[-1]["accuracy"], heads[-1]["top5"]
+
+
+def _as_run(task: Task) -> Path:
+    """The backbone as a run folder, whatever named it."""
+    trained = task.trained
+    folder = (task.out / "fewlabels" / f"start-{trained.weights[:8]}").absolute()
+    if (folder / "backbone.json").exists():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in trained.backbone.state_dict().items()
+    }
+    data = safetensors.torch.save(tensors)
+    (folder / "backbone.safetensors").write_bytes(data)
+    card = {
+        "backbone": {"use": trained.use, "options": trained.options},
+        "weights": "backbone.safetensors",
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "step": trained.step,
+    }
+    (folder / "backbone.json").write_text(json.dumps(card, indent=1), encoding="utf-8")
+    return folder
+
+
+def schedule(options: Options, *, images: int) -> tuple[int, int, list[float]]:
+    """Batch, epochs and milestones for a subset of so many images."""
+    batch = min(options.batch, images)
+    stretch = max(1.0, options.steps / (options.epochs * -(-images // batch)))
+    epochs = round(options.epochs * stretch)
+    drops = [each * stretch for each in options.milestones]
+    return batch, epochs, [each for each in drops if each < epochs]
+
+
+def _recipe(task: Task, options: Options, subset: _Subset, weights: Path) -> dict[str, Any]:
+    """Of recipes/finetune.yaml's kind."""
+    batch, epochs, drops = schedule(options, images=len(subset.rows))
+    falls = {"schedule": "multistep", "milestones": drops} if drops else {"schedule": "constant"}
+    evaluation = {"use": "pipelines.evaluation"}
+    sizes = asdict(task.graph.options)
+    evaluation |= {key: sizes[key] for key in ("resize", "crop") if key in sizes}
+    crop = sizes.get("crop", 224)
+    still = dict.fromkeys(("brightness", "contrast", "saturation", "hue", "grayscale"), 0)
+    return {
+        "data": {"use": task.reader.use, **asdict(subset.options)},
+        "pipeline": {
+            "use": "pipelines.single_view",
+            "image_size": crop,
+            "image_area": list(options.image_area),
+            **still,
+        },
+        "evaluation": evaluation,
+        "backbone": {"use": task.trained.use, **task.trained.options},
+        "objective": {
+            "use": "fastssl.objectives.finetune",
+            "train_stages": options.train_stages,
+            "mixup": options.mixup,
+        },
+        "loader": asdict(task.loading),
+        "optim": {
+            "name": "sgd",
+            "lr": options.lr,
+            "head_lr": options.head_lr,
+            "layer_decay": options.layer_decay,
+            "momentum": 0.9,
+            "nesterov": True,
+            "weight_decay": 0.0,
+            **falls,
+        },
+        "train": {
+            "epochs": epochs,
+            "batch": batch,
+            "seed": subset.seed,
+            "weights": str(weights),
+            "keep": 1,
+        },
+        "probe": {"root": str(Path(subset.options.root).parent)},
+    }
+
+
+def _run(task: Task, path: Path, folder: Path) -> None:
+    """train.py in a process of its own.
+
+    Raises:
+        RecipeError: it ended with an error; its last line is told, the rest is in a file.
+    """
+    # What launchers set is of this process: the other is alone.
+    ours = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "MASTER_", "TORCHELASTIC_", "ROLE_")
+    environment = {key: text for key, text in os.environ.items() if not key.startswith(ours)}
+    command = [
+        sys.executable,
+        str(Path(journal.__file__).with_name("train.py")),
+        str(path),
+        f"train.out={folder}",
+    ]
+    log = folder.with_suffix(".log")
+    with log.open("w", encoding="utf-8") as file:
+        child = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+        try:
+            code = child.wait()
+        except KeyboardInterrupt:  # it was told, too, and is writing a checkpoint
+            child.wait()
+            raise
+    if code:
+        told = log.read_text(encoding="utf-8").strip().splitlines()
+        raise RecipeError(
+            f"fewlabels: fine-tuning ended with {code}: {told[-1] if told else ''}"
+            f" (all of it: {log}); the same command goes on from there"
+        )

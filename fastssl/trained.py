@@ -1,0 +1,360 @@
+"""A backbone with weights, by the one word that names it on a command line: RUN.
+
+runs/rotation              a finished run folder, or its backbone.json
+weights.safetensors        with a backbone.json beside it, or backbone.use and backbone.name=...
+random:resnet50            fresh weights: of a network of fastssl.backbones.resnet, of a
+                           recipe's backbone (random:recipes/x.yaml), of a run's (random:runs/x)
+torchvision:resnet50, timm:convnext_tiny, resnet50
+                           a published network with its published weights
+"""
+
+import hashlib
+import importlib
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from fastssl import config, export, representation
+from fastssl.config import RecipeError
+from fastssl.patch_network import Standardization
+from fastssl.recipe_text import did_you_mean
+
+RESNET, NAMED = "fastssl.backbones.resnet", "fastssl.backbones.named"
+GRAPH = "pipelines.evaluation"  # where nothing says how images were prepared
+_CARD = "backbone.json"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A backbone, and what a user or a cache must know of it."""
+
+    name: str  # for tables: the run folder's, "random:resnet10", "timm:convnext_tiny", ...
+    backbone: nn.Module  # eval mode, on the CPU as loaded
+    folder: Path | None  # the run folder, whose metrics.jsonl gets lines
+    card: dict[str, Any] | None  # backbone.json, the recipe in it
+    step: int  # optimizer steps done; 0 where unknown
+    weights: str  # SHA-256 of the state dict
+    use: str  # the backbone's module
+    options: dict[str, Any]  # its Options
+    preprocessing: tuple[str, dict[str, Any]]  # the evaluation graph: use, options
+    standardize: Standardization  # what the run's objective did to patches
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """The section `weights`: what of a lone .safetensors file is not to be loaded."""
+
+    ignore: tuple[str, ...] = ()  # keys that the backbone does not have, such as [fc.weight]
+
+
+def load(
+    run: str,
+    *,
+    seed: int = 0,
+    backbone: dict[str, Any] | None = None,
+    ignore: tuple[str, ...] = (),
+    data_root: str | None = None,
+) -> Trained:
+    """The backbone that `run` names: see the head of this file.
+
+    Args:
+        run: what was written on the command line.
+        seed: of fresh weights.
+        backbone: `use` and options of the backbone of a lone .safetensors; options of random:NAME.
+        ignore: keys of a .safetensors that are left out; all others must fit, both ways.
+        data_root: where images are; without it a recipe's demo section holds.
+
+    Raises:
+        RecipeError: nothing of that name, an unfinished run, or weights that are damaged, not
+            finite, or not exactly the backbone's (the keys are named).
+    """
+    given = dict(backbone or {})
+    kind, colon, name = run.partition(":")
+    path = Path(run).expanduser()
+    if colon and kind == "random":
+        trained = _random(run, name, seed, given, data_root)
+        given = {}
+    elif colon and kind in ("torchvision", "timm"):
+        trained = _named(run)
+    elif path.suffix == ".safetensors":
+        trained = _lone(path, given, ignore)
+        given, ignore = {}, ()
+    elif path.is_dir() or path.name == _CARD:
+        trained = _run_folder(path)
+    elif path.exists():
+        raise RecipeError(f"{run} is no RUN: give {WAYS}")
+    else:
+        trained = _published(run)
+    if given:
+        raise RecipeError(
+            f"backbone.{next(iter(given))}: {run} says itself which network it is; backbone.* is "
+            "for a lone .safetensors and for random:NAME"
+        )
+    if ignore:
+        raise RecipeError(f"weights.ignore: {run} is no .safetensors file: leave it out")
+    return trained
+
+
+WAYS = (
+    "a run folder, its backbone.json, a .safetensors, random:NAME, random:RECIPE.yaml, "
+    "torchvision:NAME or timm:NAME"
+)
+
+
+def _run_folder(path: Path) -> Trained:
+    folder = path if path.is_dir() else path.parent
+    card_path = folder / _CARD
+    if not card_path.exists():
+        if (folder / "recipe.yaml").exists() or (folder / "checkpoints").is_dir():
+            raise RecipeError(
+                f"{folder} is a run that is not finished (it has no {_CARD} yet): the command that "
+                "started it goes on from its last checkpoint"
+            )
+        raise RecipeError(f"{folder} is no run folder: it has no {_CARD}; give {WAYS}")
+    backbone = export.load_backbone(card_path)
+    return _of_card(folder.resolve().name, backbone, folder, card_path)
+
+
+def _of_card(name: str, backbone: nn.Module, folder: Path | None, card_path: Path) -> Trained:
+    card = _read_card(card_path)
+    _check_finite(backbone.state_dict(), str(card_path.parent))
+    preprocessing = card.get("preprocessing", {})
+    return Trained(
+        name=name,
+        backbone=backbone,
+        folder=folder,
+        card=card,
+        step=card.get("step", 0),
+        weights=fingerprint(backbone),
+        use=card["backbone"]["use"],
+        options=card["backbone"]["options"],
+        preprocessing=(preprocessing.get("use", GRAPH), preprocessing.get("options", {})),
+        standardize=representation.standardization(card.get("recipe")),
+    )
+
+
+def _read_card(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))  # export.load_backbone has checked it
+
+
+def _lone(path: Path, given: dict[str, Any], ignore: tuple[str, ...]) -> Trained:
+    """A .safetensors file, strictly: its keys are the backbone's, less those to ignore."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise RecipeError(f"{path} cannot be read: {error.strerror}") from error
+    try:
+        tensors = safetensors.torch.load(data)
+    except SafetensorError as error:
+        raise RecipeError(
+            f"{path} is cut short, damaged or no safetensors file: {error}"
+        ) from error
+    for key in ignore:
+        if key not in tensors:
+            raise RecipeError(
+                f"weights.ignore: {path} has no {key!r}{did_you_mean(key, list(tensors))}"
+            )
+    tensors = {key: tensor for key, tensor in tensors.items() if key not in ignore}
+    card_path = path.with_name(_CARD)
+    if given:
+        use = given.pop("use", RESNET)
+        backbone, options = _build(use, given)
+        described = f"{use}" + (f" ({given['name']})" if "name" in given else "")
+        card = None
+    elif card_path.exists():
+        card = export._card(card_path)
+        use, options = card["backbone"]["use"], card["backbone"]["options"]
+        backbone = export._build(card_path, **card["backbone"])
+        described = str(card_path)
+        if not ignore and card.get("weights") == path.name:
+            backbone = export.load_backbone(card_path)  # by its checksum, too
+    else:
+        raise RecipeError(
+            f"{path}: no {_CARD} lies beside it: say which network it is of, as "
+            "backbone.name=resnet50 (backbone.use=fastssl.backbones.resnet)"
+        )
+    _fit(path, tensors, backbone, described)
+    _check_finite(tensors, str(path))
+    backbone.load_state_dict(tensors)
+    if card is not None:
+        return _of_card(path.stem, backbone.eval(), None, card_path)
+    return Trained(
+        name=path.stem,
+        backbone=backbone.eval(),
+        folder=None,
+        card=None,
+        step=0,
+        weights=fingerprint(backbone),
+        use=use,
+        options=options,
+        preprocessing=(GRAPH, {}),
+        standardize="global",
+    )
+
+
+def _random(
+    run: str, name: str, seed: int, given: dict[str, Any], data_root: str | None
+) -> Trained:
+    """Fresh weights; `run` is its name in tables."""
+    path = Path(name).expanduser()
+    card, standardize, preprocessing = None, "global", (GRAPH, {})
+    if not name:
+        raise RecipeError(f"{run} names no network: write for example random:resnet50")
+    if path.suffix in (".yaml", ".yml"):
+        root = () if data_root is None else (f"data.root={json.dumps(data_root)}",)
+        recipe = config.load(path, root)
+        use, options = recipe.backbone.use, asdict(recipe.backbone.options)
+        standardize = representation.standardization(recipe.values)
+        preprocessing = (recipe.evaluation.use, asdict(recipe.evaluation.options))
+        run = f"random:{recipe.name}"
+    elif path.is_dir() or path.name == _CARD:
+        folder = path if path.is_dir() else path.parent
+        card = export._card(folder / _CARD)
+        use, options = card["backbone"]["use"], card["backbone"]["options"]
+        standardize = representation.standardization(card.get("recipe"))
+        described = card.get("preprocessing", {})
+        preprocessing = (described.get("use", GRAPH), described.get("options", {}))
+        run = f"random:{folder.resolve().name}"
+    elif "/" in name:
+        raise RecipeError(f"{run}: there is no {path}")
+    else:
+        use, options = given.pop("use", RESNET), {"name": name}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        backbone, options = _build(use, {**options, **given})
+    return Trained(
+        name=run,
+        backbone=backbone.eval(),
+        folder=None,
+        card=None,
+        step=0,
+        weights=fingerprint(backbone),
+        use=use,
+        options=options,
+        preprocessing=preprocessing,
+        standardize=standardize,
+    )
+
+
+def _published(run: str) -> Trained:
+    """A bare name: torchvision's network, else timm's."""
+    from torchvision.models import list_models  # noqa: PLC0415  # slow, and seldom asked
+
+    known = list_models()
+    if run in known:
+        return _named(f"torchvision:{run}")
+    try:
+        import timm  # noqa: PLC0415  # an extra
+    except ImportError:
+        beside = "; timm, which has more, is not installed: pip install 'fastssl[timm]'"
+    else:
+        if timm.is_model(run):
+            return _named(f"timm:{run}")
+        known, beside = [*known, *timm.list_models()], ""
+    meant = "" if "/" in run else did_you_mean(run, known)
+    raise RecipeError(
+        f"{run}: no such file, and no network of that name{meant}; give {WAYS}{beside}"
+    )
+
+
+def _named(run: str) -> Trained:
+    """A network of torchvision or timm with its published weights."""
+    backbone, options = _build(NAMED, {"name": run, "pretrained": True})
+    _check_finite(backbone.state_dict(), run)
+    return Trained(
+        name=run,
+        backbone=backbone.eval(),
+        folder=None,
+        card=None,
+        step=0,
+        weights=fingerprint(backbone),
+        use=NAMED,
+        options=options,
+        preprocessing=(GRAPH, published_sizes(run)),
+        standardize="global",
+    )
+
+
+def published_sizes(run: str) -> dict[str, int]:
+    """How the publisher prepares images, as options of pipelines.evaluation."""
+    package, _, name = run.partition(":")
+    if package == "torchvision":
+        from torchvision.models import get_model_weights  # noqa: PLC0415  # slow, seldom asked
+
+        name, _, weights = name.partition(".")
+        every = get_model_weights(name)
+        if not list(every):
+            return {}
+        transforms = every[weights or "DEFAULT"].transforms()
+        return {"resize": transforms.resize_size[0], "crop": transforms.crop_size[0]}
+    import timm  # noqa: PLC0415  # an extra; the backbone was made by it
+
+    found = timm.get_pretrained_cfg(name)
+    if found is None:
+        return {}
+    crop = found.test_input_size or found.input_size
+    part = found.test_crop_pct or found.crop_pct
+    return {"resize": round(crop[1] / part), "crop": crop[1]}
+
+
+def _build(use: str, options: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    """The backbone by module and options, and all its options."""
+    module = _import(use)
+    known = {field.name for field in fields(module.Options)}
+    for key in options:
+        if key not in known:
+            raise RecipeError(
+                f"backbone.{key}: {use} has no such option{did_you_mean(key, known, 'backbone.')}"
+            )
+    # JSON has no tuples.
+    arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+    try:
+        made = module.Options(**arguments)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"{use}: {error}") from error
+    return module.backbone(made), asdict(made)
+
+
+def _import(use: str) -> ModuleType:
+    try:
+        return importlib.import_module(use)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{use}.".startswith(f"{error.name}."):
+            raise
+        raise RecipeError(f"backbone.use: there is no module {use}") from error
+
+
+def _fit(path: Path, tensors: dict[str, Tensor], backbone: nn.Module, described: str) -> None:
+    """Refuse weights that are not exactly the backbone's, naming the keys."""
+    try:
+        export._fit(Path(described), path, tensors, backbone)
+    except RecipeError as error:
+        spare = sorted(tensors.keys() - backbone.state_dict().keys())
+        missing = backbone.state_dict().keys() - tensors.keys()
+        if not spare or missing:
+            raise
+        keys = ",".join(spare[:6]) + (",..." if len(spare) > 6 else "")
+        raise RecipeError(f"{error}. To load without them: weights.ignore=[{keys}]") from error
+
+
+def _check_finite(tensors: dict[str, Tensor], where: str) -> None:
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise RecipeError(f"{where}: {key} holds NaN or infinity: these weights are of no use")
+
+
+def fingerprint(backbone: nn.Module) -> str:
+    """SHA-256 of the state dict: names, types, shapes and bytes."""
+    state = hashlib.sha256()
+    for key, tensor in backbone.state_dict().items():
+        state.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        state.update(flat.view(torch.uint8).numpy().tobytes())
+    return state.hexdigest()

@@ -1,0 +1,101 @@
+"""Which parameters and modules belong to which stage, found without looking at their names."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastssl.backbones import nin, resnet
+from fastssl.depths import depths
+
+
+class Odd(nn.Module):
+    """Stages that share nothing with their names: dropout, norms without parameters, a branch."""
+
+    def __init__(self):
+        super().__init__()
+        self.token = nn.Parameter(torch.ones(4))  # in no module of its own; of the second stage
+        self.a = nn.Linear(4, 4)
+        self.norm = nn.BatchNorm1d(4, affine=False)
+        self.b = nn.Sequential(nn.Linear(4, 4), nn.Dropout())
+        self.unused = nn.Linear(4, 4)
+
+    def stages(self, x: Tensor) -> dict[str, Tensor]:
+        first = self.norm(self.a(x.mean(dim=(2, 3)).repeat(1, 2)[:, :4]))
+        second = self.b(first) * self.token + first
+        return {"one": first, "none": second * 0 + first, "two": second, "last": second * 2}
+
+
+def test_a_resnet_s_parameters_are_in_the_stage_that_they_are_named_after():
+    backbone = resnet.backbone(resnet.Options(name="resnet18"))
+    found = depths(backbone)
+
+    assert found.stages == ("stem", "layer1", "layer2", "layer3", "layer4")
+    assert found.parameters.keys() == dict(backbone.named_parameters()).keys()
+    for name, depth in found.parameters.items():
+        stage = name.split(".")[0]
+        assert found.stages[depth] == ("stem" if stage in ("conv1", "bn1") else stage)
+    assert found.modules["layer3"] == found.modules["layer3.0.relu"] == 3
+    assert found.modules["maxpool"] == 0
+    assert found.modules["avgpool"] == found.modules[""] == 4
+
+
+def test_a_nin_s_parameters_are_in_their_blocks():
+    backbone = nin.backbone(nin.Options())
+    found = depths(backbone)
+
+    assert found.stages == ("conv1", "conv2", "conv3", "conv4")
+    assert all(depth == int(name.split(".")[1]) for name, depth in found.parameters.items())
+
+
+def test_it_is_reached_not_named():
+    found = depths(Odd())
+
+    assert found.stages == ("one", "none")  # a product with zero depends on its factors, too
+    assert found.parameters["a.weight"] == 0
+    assert found.parameters["b.0.weight"] == found.parameters["token"] == 1
+    assert found.parameters["unused.weight"] == 1  # of no stage: counted as part of the last
+    assert found.modules["norm"] == 0
+    assert found.modules["b.1"] == 1
+
+
+def test_the_backbone_is_left_as_it_was():
+    backbone = resnet.backbone(resnet.Options(name="resnet10", width=4))
+    backbone.bn1.eval()
+    backbone.conv1.weight.requires_grad_(False)
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    depths(backbone)
+
+    assert backbone.training
+    assert not backbone.bn1.training
+    assert not backbone.conv1.weight.requires_grad
+    assert backbone.get_parameter("layer1.0.conv1.weight").requires_grad
+    assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
+    assert all(parameter.grad is None for parameter in backbone.parameters())
+    assert not any(each._forward_hooks for each in backbone.modules())
+
+
+def test_frozen_parameters_are_found_too():
+    backbone = resnet.backbone(resnet.Options(name="resnet10", width=4)).requires_grad_(False)
+
+    assert set(depths(backbone).parameters.values()) == {0, 1, 2, 3, 4}
+
+
+class Large(nn.Module):
+    """Takes images of one size, as vision transformers do."""
+
+    def __init__(self, side: int):
+        super().__init__()
+        self.side = side
+        self.a = nn.Conv2d(3, 2, 1)
+
+    def stages(self, x: Tensor) -> dict[str, Tensor]:
+        assert x.shape[-1] == self.side, f"{x.shape[-1]} pixels, not {self.side}"
+        return {"last": self.a(x)}
+
+
+def test_networks_for_one_size_are_asked_with_theirs_or_refused():
+    assert depths(Large(224)).stages == ("last",)
+    with pytest.raises(ValueError, match=r"takes no image of 64 or 224 pixels .*, not 100"):
+        depths(Large(100))
+    with pytest.raises(ValueError, match="Identity has no parameters"):
+        depths(nn.Identity())

@@ -1,0 +1,226 @@
+"""The command: tables, journal lines, mistakes in one line, and two processes that count alike."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastssl import config, evaluate, export, journal
+from fastssl.evaluation_task import Table
+from tests import few_images
+
+SMALL = ["evaluation.resize=36", "evaluation.crop=32", "loader.threads=1", "features.batch=4"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory, demo_images) -> Path:
+    return few_images.copy(demo_images, tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, recipe) -> Path:
+    """A run folder with a line in its metrics.jsonl."""
+    made = config.load(recipe, ["data.root=/images", *SMALL[:3]])
+    folder = tmp_path_factory.mktemp("runs") / "tiny-0"
+    folder.mkdir()
+    torch.manual_seed(0)
+    backbone = made.backbone.module.backbone(made.backbone.options)
+    export.save_backbone(folder, backbone, made, step=15)
+    (folder / "metrics.jsonl").write_text('{"step": 15, "loss": 1.0}\n')
+    return folder
+
+
+@pytest.fixture
+def run(finished, tmp_path) -> Path:
+    return shutil.copytree(finished, tmp_path / "tiny-0")
+
+
+def command(data: Path, tmp_path: Path, *more: str) -> list[str]:
+    kept = [f"data.root={data}", f"features.cache={tmp_path / 'cache'}", *SMALL]
+    return ["knn", *kept, "knn.neighbours=[5,1]", *more]
+
+
+def test_a_run_gives_a_table_and_a_line_in_its_journal(data, run, tmp_path, capsys):
+    assert evaluate.main(command(data, tmp_path, str(run))) == 0
+    printed = capsys.readouterr().out
+    first, line = journal.read(run)
+
+    assert first == {"step": 15, "loss": 1.0}
+    assert (line["step"], line["probe"], line["stage"]) == (15, "knn", "pool")
+    assert (line["neighbours"], line["val_images"], line["train_images"]) == (5, 9, 21)
+    assert 9 * line["accuracy"] == pytest.approx(round(9 * line["accuracy"]))
+    row = next(text for text in printed.splitlines() if "tiny-0 " in text)
+    assert f"{100 * line['accuracy']:.1f}" in row
+    assert "pool" in row
+
+
+def test_the_same_again_adds_a_line_and_reads_no_image(data, run, tmp_path, capsys):
+    for _ in range(2):
+        assert evaluate.main(command(data, tmp_path, str(run))) == 0
+    _, first, second = journal.read(run)
+
+    assert first == second
+    assert "tiny-0 from" in capsys.readouterr().out
+
+
+def test_half_a_line_of_a_killed_run_is_not_glued_to(data, run, tmp_path, capsys):
+    (run / "metrics.jsonl").write_text('{"step": 15, "los')
+    assert evaluate.main(command(data, tmp_path, str(run))) == 0
+
+    assert "ends in half a line" in capsys.readouterr().out
+    assert (run / "metrics.jsonl").read_text() == '{"step": 15, "los'
+
+
+def test_several_runs_are_rows_of_one_table(data, run, recipe, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert evaluate.main(command(data, tmp_path, str(run), f"random:{recipe}", "seed=1")) == 0
+    rows = [text for text in capsys.readouterr().out.splitlines() if "pool" in text]
+
+    assert len([row for row in rows if "tiny-0 " in row and "features" not in row]) == 1
+    assert len([row for row in rows if "random:small " in row and "features" not in row]) == 1
+    (line,) = journal.read(tmp_path / "evaluations" / "random-small")  # it has no run folder
+    assert (line["step"], line["probe"]) == (0, "knn")
+
+
+def test_the_run_s_own_preprocessing_holds_but_for_what_is_given(data, run, tmp_path):
+    plain = [each for each in command(data, tmp_path, str(run)) if "evaluation." not in each]
+    assert evaluate.main(plain) == 0
+    assert evaluate.main([*plain, "evaluation.resize=40"]) == 0
+    about = [
+        json.loads(path.read_text())["about"]["graph"]
+        for path in sorted(tmp_path.glob("cache/*/features.json"), key=lambda p: p.stat().st_ctime)
+    ]
+
+    assert about[0] == {"use": "pipelines.evaluation", "options": {"resize": 36, "crop": 32}}
+    assert about[-1]["options"] == {"resize": 40, "crop": 32}
+
+
+def test_tables_of_different_networks_are_joined_by_column():
+    def one(columns, row):
+        return Table("t", columns, [row])
+
+    run = few_images.tiny()
+    table = evaluate.joined(None, one(["a", "c"], [0.5, 2]), run)
+    table = evaluate.joined(table, one(["run", "a", "b", "c"], ["x", 0.25, 7, None]), run)
+
+    assert table.columns == ["run", "a", "b", "c"]
+    assert table.rows == [["tiny-0", 0.5, None, 2], ["x", 0.25, 7, None]]
+
+
+def test_fractions_are_printed_in_per_cent_and_other_numbers_as_they_are(capsys):
+    evaluate.show(
+        Table(
+            "t",
+            ["run", "top-1", "C", "k"],
+            [["x", 0.6346, 0.25, 3], ["y", None, 1e-4, 20]],
+            plain=("C",),
+        )
+    )
+    printed = capsys.readouterr().out
+
+    assert [text.split() for text in printed.splitlines() if "x" in text] == [
+        ["\u2502", "x", "\u2502", "63.5", "\u2502", "0.25", "\u2502", "3", "\u2502"]
+    ]
+    assert "\u2502     - \u2502 0.0001 \u2502 20 \u2502" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["knm", "x"], r"knm: no such evaluation; did you mean 'knn'?"),
+        (["knn"], "knn: no RUN"),
+        (["knn", "x", "knn.neighbors=[1]"], "knn.neighbors: unknown key; did you mean"),
+        (["knn", "x", "knn.neighbours=1"], "a list of int, got 1 (write [1])"),
+        (["knn", "x", "knn.neighbours=[0]"], "neighbours ([0]) must be positive"),
+        (["knn", "x", "data.root=/nowhere"], "x: no such file, and no network of that name"),
+        (["knn", "random:resnet10", "data.root=/nowhere"], "there is no folder"),
+        (["knn", "random:resnet10", "evaluation.corp=1"], "evaluation.corp: unknown key; did you"),
+        (["knn", "random:resnet10", "evaluation.crop=999"], "crop (999) must fit in resize (256)"),
+        (["knn", "random:resnet10", "evaluation.use=nothing"], "there is no module nothing"),
+        (["knn", "random:resnet10", "features.dtype=int8"], "one of 'float32', 'float16'"),
+        (["knn", "random:resnet10", "optim.lr=3"], "unknown section 'optim'"),
+        (["knn", "random:resnet10", "seed=-1"], "seed (-1) must be in"),
+        (["knn", "random:resnet10", "evaluate.precision=fp16"], "precision (fp16) needs a GPU"),
+        (["knn", "random:resnet10", "backbone.width=x"], "backbone.width: expected int"),
+        (["knn", "random:resnet10", "data.use=json"], "json has no Options"),
+    ],
+)
+def test_a_mistake_is_one_line_and_2(arguments, message, capsys):
+    code = evaluate.main(arguments)
+    said = capsys.readouterr()
+
+    assert code == 2
+    assert message in said.err
+    assert said.err.count("\n") == 1
+
+
+def test_help_lists_the_commands_and_the_keys_of_one(capsys):
+    assert evaluate.main(["--help"]) == 0
+    listed = capsys.readouterr().out
+    assert evaluate.main(["knn", "--help"]) == 0
+    keys = capsys.readouterr().out
+
+    assert all(f"\n  {what} " in listed for what in evaluate.WHAT)
+    assert "knn.neighbours=[20, 1, 5," in keys
+    assert "features.size=9000" in keys
+    assert evaluate.main([]) == 2
+
+
+def test_two_processes_give_what_one_gives_and_one_of_them_speaks(
+    data, run, tmp_path, environ, checkout, capsys
+):
+    images = shutil.copytree(data, tmp_path / "images")
+    few_images.damage(sorted((images / "train").rglob("*.jpg"))[5])
+    launcher = [
+        str(Path(sys.executable).with_name("accelerate")),
+        *("launch", "--cpu", "--num_processes", "2", "--num_machines", "1"),
+        *("--mixed_precision", "no", "--dynamo_backend", "no"),
+        str(checkout / "fastssl" / "evaluate.py"),
+    ]
+    stages = "knn.stages=[first,pool]"
+    assert evaluate.main(command(images, tmp_path / "1", str(run), stages)) == 0
+    done = subprocess.run(
+        [*launcher, *command(images, tmp_path / "2", str(run), stages)],
+        cwd=tmp_path,
+        env=environ,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    _, *found = journal.read(run)
+    rows = [
+        {(np.load(path).shape, path.name): np.load(path) for path in found_in.glob("*/*.npy")}
+        for found_in in (tmp_path / "1" / "cache", tmp_path / "2" / "cache")
+    ]
+
+    assert "Warning" not in done.stderr
+    for spoken in (capsys.readouterr().out, done.stdout):
+        assert spoken.count("kNN accuracy") == 1
+        assert spoken.count("1 of 21 images of train can't be decoded") == 1
+    assert len(found) == 2 + 2  # two stages: written once each
+    assert found[:2] == found[2:]
+    assert rows[0].keys() == rows[1].keys()
+    assert {shape[0] for shape, _ in rows[0]} == {20, 9}
+    for key, values in rows[0].items():
+        np.testing.assert_allclose(rows[1][key], values, rtol=1e-5, atol=1e-6)
+
+
+def test_a_mistake_that_two_processes_find_late_is_told_once(
+    data, run, tmp_path, environ, checkout
+):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    script = [str(checkout / "fastssl" / "evaluate.py")]
+    arguments = command(data, tmp_path, str(run), "knn.stages=[layer9]")
+    done = subprocess.run(
+        [*launcher, *script, *arguments], cwd=tmp_path, env=environ, capture_output=True, text=True
+    )
+
+    assert done.returncode == 1  # torchrun's
+    assert done.stderr.count("has no layer9; it has first, pool") == 1
+    assert "exitcode  : 2" in done.stderr
+    assert "Error:" not in done.stderr.replace("ChildFailedError:", "")

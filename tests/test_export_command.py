@@ -1,0 +1,94 @@
+"""The export's command line: exit codes, one line for a mistake, one process at work."""
+
+import subprocess
+import sys
+
+import pytest
+import safetensors.torch
+import torch
+
+from fastssl import export, export_formats, trained
+from fastssl.backbones import resnet
+from tests.finished_run import a_run
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> trained.Trained:
+    options = resnet.Options(name="resnet10", width=8)
+    return a_run(tmp_path_factory.mktemp("runs") / "small", resnet, options)
+
+
+def test_the_command_exports_a_run_also_as_a_script(small, tmp_path, checkout, environ):
+    out = tmp_path / "out"
+    command = [sys.executable, "fastssl/export.py", str(small.folder), "--to", "safetensors"]
+    done = subprocess.run(
+        [*command, "--out", str(out)], cwd=checkout, env=environ, capture_output=True, text=True
+    )
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "safetensors: reloaded strictly; features of" in done.stdout
+    assert f"{out}/backbone.safetensors" in done.stdout
+    assert export.load_backbone(out).dim == 64
+
+
+def test_a_lone_file_of_torchvisions_weights_is_exported_when_its_network_is_named(
+    tmp_path, capsys
+):
+    file = tmp_path / "weights.safetensors"
+    weights = resnet.backbone(resnet.Options(name="resnet10", width=8)).state_dict()
+    head = {"fc.weight": torch.zeros(10, 64), "fc.bias": torch.zeros(10)}
+    safetensors.torch.save_file({**weights, **head}, file)
+    network = ["backbone.name=resnet10", "backbone.width=8"]
+    out = ["--to", "torchscript", "--out", str(tmp_path / "out")]
+    refused = export.main([str(file), *network, *out])
+    told = capsys.readouterr().err
+    done = export.main([str(file), *out, *network, "weights.ignore=[fc.weight,fc.bias]"])
+
+    assert (refused, done) == (2, 0)
+    assert "fc.bias, fc.weight" in told
+    assert (tmp_path / "out" / "model.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere", "--to", "onnx"], "nowhere"),
+        (["nowhere", "--to", "onnx", "backbone.nam=resnet18"], "did you mean 'name'"),
+        (["nowhere", "--to", "onnx", "weights.ignore=fc"], r"weights.ignore: expected a list of s"),
+        (["nowhere", "--to", "onnx", "train.lr=1"], "unknown section 'train'"),
+    ],
+)
+def test_a_mistake_is_a_line_and_exit_code_2(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = export.main(arguments)
+    error = capsys.readouterr().err
+
+    assert code == 2
+    assert error.startswith("error: ")
+    assert message in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_mismatch_is_exit_code_1(small, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(export_formats, "TOLERANCE", -1.0)
+    code = export.main([str(small.folder), "--to", "safetensors", "--out", str(tmp_path / "out")])
+
+    assert code == 1
+    assert "other features" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_of_several_processes_one_exports(small, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    out = tmp_path / "out"
+
+    assert export.main([str(small.folder), "--to", "safetensors", "--out", str(out)]) == 0
+    assert not out.exists()
+
+
+def test_help_says_what_run_may_be(capsys):
+    with pytest.raises(SystemExit) as ended:
+        export.main(["--help"])
+
+    assert ended.value.code == 0
+    assert "RUN is a run folder" in capsys.readouterr().out

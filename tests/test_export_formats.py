@@ -1,0 +1,219 @@
+"""An export is read back by the other side, compared, and complete; or nothing is written."""
+
+import hashlib
+import sys
+import warnings
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+import torchvision
+from PIL import Image
+from timm.data.config import resolve_model_data_config
+from torch import nn
+from torchvision.transforms import v2
+
+from fastssl import export, export_formats, patch_network, trained
+from fastssl.backbones import named, nin, resnet
+from fastssl.config import RecipeError
+from pipelines import evaluation_patches
+from tests.finished_run import a_run
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> trained.Trained:
+    options = resnet.Options(name="resnet10", width=8)
+    return a_run(tmp_path_factory.mktemp("runs") / "small", resnet, options)
+
+
+@pytest.fixture(scope="module")
+def images(demo_images) -> torch.Tensor:
+    """Real pixels [5, 3, 64, 64], uint8."""
+    files = sorted((demo_images / "val").glob("*/*.jpg"))[:5]
+    cut = v2.Compose([v2.Resize(72), v2.CenterCrop(64), v2.PILToTensor()])
+    return torch.stack([cut(Image.open(file)) for file in files])
+
+
+def quietly(_: str) -> None:
+    pass
+
+
+def features(network, x) -> torch.Tensor:
+    with torch.no_grad():
+        return network.eval()(x)
+
+
+def normalised(x: torch.Tensor) -> torch.Tensor:
+    return v2.Normalize(resnet.MEAN, resnet.STD)(x / 255)
+
+
+def test_a_random_resnet50_gives_equal_features_in_torchvision_and_timm(tmp_path, images):
+    ours = a_run(tmp_path / "run", resnet, resnet.Options(name="resnet50"))
+    said: list[str] = []
+    to_torchvision = export_formats.export_to(ours, "torchvision", None, say=said.append)
+    to_timm = export_formats.export_to(ours, "timm", None, say=said.append)
+    theirs = torchvision.models.resnet50()
+    theirs.fc = nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]
+    theirs.load_state_dict(safetensors.torch.load_file(to_torchvision / "model.safetensors"))
+    of_timm = timm.create_model("resnet50", num_classes=0)
+    of_timm.load_state_dict(safetensors.torch.load_file(to_timm / "model.safetensors"))
+    by_folder = timm.create_model(f"local-dir:{to_timm}", pretrained=True)
+    wanted = features(ours.backbone, images)
+
+    assert wanted.shape == (5, 2048)
+    for network in (theirs, of_timm, by_folder):
+        found = features(network, normalised(images))
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4 * wanted.abs().max().item())
+    told = resolve_model_data_config(by_folder)
+    assert (tuple(told["mean"]), tuple(told["std"])) == (resnet.MEAN, resnet.STD)
+    assert (*told["input_size"], told["interpolation"]) == (3, 64, 64, "bilinear")
+    assert told["crop_pct"] == pytest.approx(64 / 72)
+    assert [line.split(";")[0] for line in said if "reloaded" in line] == [
+        "torchvision: reloaded strictly",
+        "timm: reloaded strictly",
+    ]
+
+
+@pytest.mark.parametrize("to", ["safetensors", "torchscript"])
+def test_a_format_holds_the_network_its_sums_and_a_card(small, images, tmp_path, to):
+    said: list[str] = []
+    folder = export_formats.export_to(small, to, tmp_path / "out", say=said.append)
+    sums = dict(line.split("  ")[::-1] for line in (folder / "SHA256SUMS").read_text().splitlines())
+    files = {path.name for path in folder.iterdir()}
+    if to == "safetensors":
+        found = features(export.load_backbone(folder), images)
+    else:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"`torch\.jit", FutureWarning)  # 2.15 deprecates it
+            found = features(torch.jit.load(folder / "model.pt"), images)
+    wanted = features(small.backbone, images)
+
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4 * wanted.abs().max().item())
+    assert files == {*sums, "SHA256SUMS"}
+    assert {"README.md"} < files
+    assert all(
+        hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
+        for name, digest in sums.items()
+    )
+    assert any("differ by at most" in line and "tolerated 0.0001" in line for line in said)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "to"),
+    [
+        ("torchvision:mobilenet_v3_small", None, "torchvision"),
+        ("timm:resnet18", None, "torchvision"),
+        ("timm:test_vit", 64, "timm"),
+    ],
+)
+def test_a_network_named_by_library_goes_back_to_it_and_to_one_with_the_same_keys(
+    tmp_path, name, size, to
+):
+    ours = a_run(
+        tmp_path / "run", named, named.Options(name=name, image_size=64 if "vit" in name else None)
+    )
+    folder = export_formats.export_to(ours, to, tmp_path / "out", say=quietly)
+
+    assert (folder / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "to", "message"),
+    [
+        ({"name": "resnet10"}, "torchvision", "torchvision has no resnet10; use --to safetensors,"),
+        ({"name": "resnet10"}, "timm", r"timm has no resnet10 \(its resnet10t has another stem"),
+        ({"name": "resnet18", "width": 8}, "timm", "another network: this one has width 8, not 64"),
+        ({"name": "resnet18", "stem": "small"}, "torchvision", r"has the small stem \(3x3, no poo"),
+    ],
+)
+def test_a_network_that_the_library_does_not_have_is_refused_with_the_difference(
+    tmp_path, options, to, message
+):
+    ours = a_run(tmp_path / "run", resnet, resnet.Options(**options))
+    with pytest.raises(RecipeError, match=message):
+        export_formats.export_to(ours, to, tmp_path / "out", say=quietly)
+
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_networks_of_other_files_and_of_other_keys_are_refused(tmp_path):
+    ours = a_run(tmp_path / "nin", nin, nin.Options(blocks=3, width=12))
+    with pytest.raises(RecipeError, match=r"fastssl.backbones.nin is no network of torchvision; u"):
+        export_formats.export_to(ours, "torchvision", tmp_path / "out", say=quietly)
+    options = named.Options(name="torchvision:mobilenet_v2")
+    ours = a_run(tmp_path / "mobilenet", named, options)
+    with pytest.raises(RecipeError, match=r"timm has no mobilenet_v2; use --to safetensors"):
+        export_formats.export_to(ours, "timm", tmp_path / "out", say=quietly)
+    ours = a_run(tmp_path / "vgg", named, named.Options(name="timm:efficientnet_b0"))
+    with pytest.raises(RecipeError, match=r"efficientnet_b0 is another network: features.0.0.weig"):
+        export_formats.export_to(ours, "torchvision", tmp_path / "out", say=quietly)
+
+
+@pytest.mark.parametrize("to", ["torchvision", "timm"])
+def test_other_features_on_the_other_side_are_an_error_and_nothing_is_left(tmp_path, to):
+    ours = a_run(tmp_path / "run", resnet, resnet.Options(name="resnet18"))
+    assert isinstance(ours.backbone, resnet.Backbone)
+    half = (0.5, 0.5, 0.5)
+    ours.backbone.normalization = (half, half)  # not what it computes with
+    with pytest.raises(export_formats.Mismatch, match=r"differ by up to .*; nothing was written"):
+        export_formats.export_to(ours, to, tmp_path / "out", say=quietly)
+
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_backbone_that_says_the_same_of_every_image_proves_nothing(tmp_path):
+    ours = a_run(tmp_path / "run", resnet, resnet.Options(name="resnet10", width=8))
+    for parameter in ours.backbone.parameters():
+        nn.init.zeros_(parameter)
+    with pytest.raises(export_formats.Mismatch, match="gives every image the same features"):
+        export_formats.export_to(ours, "safetensors", tmp_path / "out", say=quietly)
+
+
+def test_patches_are_standardised_inside_as_the_objective_did(tmp_path, images):
+    recipe = {"objective": {"use": "fastssl.objectives.jigsaw", "standardize": "joint"}}
+    options = resnet.Options(name="resnet10", width=8)
+    sizes = {"resize": 112, "crop": 96}
+    ours = a_run(tmp_path / "run", resnet, options, evaluation_patches, recipe, **sizes)
+    folder = export_formats.export_to(ours, "torchscript", tmp_path / "out", say=quietly)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"`torch\.jit", FutureWarning)  # 2.15 deprecates it
+        found = features(torch.jit.load(folder / "model.pt"), images)
+    wanted = features(ours.backbone, patch_network.standardize(images, "joint"))
+
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4 * wanted.abs().max().item())
+    assert (found - features(ours.backbone, images)).abs().max() > 0.01
+    card = (folder / "README.md").read_text()
+    assert "mean of its features over patches" in card
+    assert "Each patch less its mean, over its standard deviation, of all pixels" in card
+
+
+def test_timm_missing_is_named_with_its_extra(small, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(RecipeError, match=r"needs timm: pip install 'fastssl\[timm\]'"):
+        export_formats.export_to(small, "timm", tmp_path / "out", say=quietly)
+
+
+def test_an_earlier_export_is_replaced_and_nothing_else_is(small, tmp_path):
+    folder = export_formats.export_to(small, "safetensors", tmp_path / "a", say=quietly)
+    (folder / "stale").touch()
+    export_formats.export_to(small, "torchscript", folder, say=quietly)
+    files = {path.name for path in folder.iterdir()}
+    taken = tmp_path / "b"
+    taken.mkdir()
+    (taken / "thesis.tex").touch()
+    with pytest.raises(RecipeError, match=r"b: holds other files; name a new folder"):
+        export_formats.export_to(small, "torchscript", taken, say=quietly)
+
+    assert files == {"model.pt", "README.md", "SHA256SUMS"}
+    assert [path.name for path in taken.iterdir()] == ["thesis.tex"]
+
+
+def test_a_full_disk_leaves_nothing(small_disk, tmp_path):
+    ours = a_run(tmp_path / "run", resnet, resnet.Options(name="resnet10", width=32))
+    for to in ("safetensors", "torchscript"):
+        with pytest.raises(RecipeError, match="could not be written: No space left on device"):
+            export_formats.export_to(ours, to, small_disk / "out", say=quietly)
+
+    assert not list(small_disk.iterdir())

@@ -1,0 +1,283 @@
+"""Networks by torchvision's and timm's names: features, keys, every depth, and clear noes."""
+
+import copy
+import sys
+import urllib.error
+
+import huggingface_hub.constants
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor
+
+from fastssl.backbones import named
+
+# of many kinds, none a ResNet: (pixels a side, features)
+NETWORKS = {
+    "torchvision:alexnet": (64, 4096),
+    "torchvision:squeezenet1_1": (64, 512),
+    "torchvision:densenet121": (64, 1024),
+    "torchvision:googlenet": (64, 1024),
+    "torchvision:mobilenet_v3_small": (64, 1024),
+    "torchvision:mnasnet0_5": (64, 1280),
+    "torchvision:regnet_y_400mf": (64, 440),
+    "torchvision:convnext_tiny": (64, 768),
+    "torchvision:swin_t": (64, 768),
+    "torchvision:vit_b_32": (64, 768),
+    "timm:convnext_atto": (64, 320),
+    "timm:efficientnet_b0": (64, 1280),
+    "timm:mobilenetv3_small_050": (64, 1024),
+    "timm:vit_tiny_patch16_224": (64, 192),
+}
+FIXED = ("torchvision:vit_b_32", "timm:vit_tiny_patch16_224")
+
+
+def build(name, **options):
+    torch.manual_seed(0)
+    if name in FIXED:
+        options = {"image_size": 64, **options}
+    return named.backbone(named.Options(name=name, **options)).eval()
+
+
+def pixels(size, count=2):
+    """uint8 [count, 3, size, size] in the memory layout of the loader."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 256, (count, size, size, 3), generator=generator, dtype=torch.uint8)
+    return x.permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_any_network_gives_features_maps_at_every_depth_and_the_same_after_a_strict_reload(name):
+    size, dim = NETWORKS[name]
+    network, x = build(name), pixels(size)
+    other = copy.deepcopy(network)
+    for parameter in other.parameters():
+        nn.init.constant_(parameter, 0.01)
+    other.load_state_dict(dict(network.state_dict()))  # as safetensors gives it: no metadata
+    with torch.no_grad():
+        features, stages = network(x), network.stages(x)
+        again = other(x)
+
+    assert network.dim == dim
+    assert features.shape == (2, dim)
+    assert torch.equal(again, features)
+    *maps, (last, pooled) = stages.items()
+    assert (last, len(maps) >= 4) == ("pool", True)
+    assert torch.equal(pooled, features)
+    sides = [value.shape[2:] for _, value in maps]
+    assert all(value.ndim == 4 and value.shape[2] == value.shape[3] for _, value in maps)
+    assert sides == sorted(sides, reverse=True)
+
+
+def test_weights_of_torchvision_go_in_and_out_under_their_own_keys():
+    theirs = torchvision.models.mobilenet_v3_small().eval()
+    weights = theirs.state_dict()
+    ours = build("torchvision:mobilenet_v3_small")
+    ours.load_state_dict({key: weights[key] for key in ours.state_dict()})
+    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits, features = theirs(x), ours(x)
+        from_ours = theirs.classifier[3](features)
+
+    assert weights.keys() - ours.state_dict().keys() == {"classifier.3.weight", "classifier.3.bias"}
+    assert not ours.state_dict().keys() - weights.keys()
+    assert torch.equal(from_ours, logits)
+
+
+def test_weights_of_timm_go_in_and_out_under_their_own_keys():
+    theirs = timm.create_model("convnext_atto").eval()
+    assert isinstance(theirs, timm.models.ConvNeXt)
+    bare = timm.create_model("convnext_atto", num_classes=0)
+    ours = build("timm:convnext_atto")
+    weights = theirs.state_dict()
+    ours.load_state_dict({key: weights[key] for key in ours.state_dict()})
+    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+    assert list(ours.state_dict()) == list(bare.state_dict())
+    with torch.no_grad():
+        wanted = theirs.forward_head(theirs.forward_features(x), pre_logits=True)
+        assert torch.equal(ours(x), wanted)
+
+
+def test_keys_that_do_not_fit_are_refused_also_within_another_module():
+    ours = build("timm:convnext_atto")
+    whole = nn.Sequential(nn.Linear(2, 2), ours)
+    weights = whole.state_dict()
+    spare = {**weights, "1.stem.9.weight": torch.zeros(1)}
+    lacking = {key: value for key, value in weights.items() if key != "1.stem.0.bias"}
+
+    assert all(key.startswith(("0.", "1.stem", "1.stages", "1.head")) for key in weights)
+    whole.load_state_dict(weights)
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*stem\.9\.weight"):
+        whole.load_state_dict(spare)
+    with pytest.raises(RuntimeError, match=r"Missing key.*stem\.0\.bias"):
+        whole.load_state_dict(lacking)
+
+
+def test_a_copy_keeps_its_own_weights_under_the_same_keys():
+    ours = build("timm:convnext_atto")
+    twin = copy.deepcopy(ours)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    weights = ours.state_dict()
+    twin.load_state_dict(weights)
+
+    assert list(twin.state_dict()) == list(weights)
+    assert all(torch.equal(twin.state_dict()[key], weights[key]) for key in weights)
+    assert any(weights[key].any() for key in weights)
+
+
+@pytest.mark.parametrize(
+    ("name", "nodes"),
+    [
+        # a convolution stands for the norm, activation and pooling behind it
+        ("vgg11_bn", {"features.0": "features.3", "features.8": "features.10"}),
+        ("squeezenet1_1", {"features.0": "features.2", "features.4": "features.5"}),
+        ("regnet_y_400mf", {"stem": "stem", "trunk_output.block3": "trunk_output.block3"}),
+        ("mobilenet_v3_small", {"features.0": "features.0", "features.12": "features.12"}),
+        ("resnet18", {"conv1": "maxpool", "layer1": "layer1", "layer4": "layer4"}),
+    ],
+)
+def test_stages_are_the_maps_that_torchvisions_own_feature_extractor_gives(name, nodes):
+    network, x = build(f"torchvision:{name}"), pixels(64)
+    mean, std = (torch.tensor(part).reshape(1, 3, 1, 1) for part in network.normalization)
+    extractor = create_feature_extractor(network.network, return_nodes=[*nodes.values()])
+    with torch.no_grad():
+        stages = network.stages(x)
+        wanted = extractor((x / 255 - mean) / std)
+
+    for stage, node in nodes.items():
+        torch.testing.assert_close(stages[stage], wanted[node], rtol=1e-3, atol=1e-5)
+
+
+def test_maps_of_a_vision_transformer_are_its_patch_tokens_row_by_row():
+    network, x = build("torchvision:vit_b_32"), pixels(64)
+    inner, tokens = network.network, []
+    layer = inner.get_submodule("encoder.layers.encoder_layer_0")
+    handle = layer.register_forward_hook(lambda _, __, output: tokens.append(output))
+    with torch.no_grad():
+        stages = network.stages(x)
+    handle.remove()
+
+    first = stages["encoder.layers.encoder_layer_0"]
+    assert first.shape == (2, 768, 2, 2)
+    assert torch.equal(first[:, :, 1, 0], tokens[0][:, 3])  # class token, then 4 patches
+
+
+def test_maps_of_a_swin_transformer_have_channels_first_for_any_shape_of_image():
+    network = build("torchvision:swin_t")
+    with torch.no_grad():
+        stages = network.stages(pixels(64)[:, :, :32])
+
+    shapes = [tuple(value.shape[1:]) for value in stages.values()]
+    assert shapes[0] == (96, 8, 16)
+    assert shapes[-2] == (768, 1, 2)
+
+
+def test_bytes_are_normalised_in_float32_with_the_statistics_that_the_weights_were_made_with():
+    convnext, vit = build("torchvision:convnext_tiny"), build("timm:vit_tiny_patch16_224")
+    x, seen = pixels(64), []
+    first = next(each for each in vit.modules() if isinstance(each, nn.Conv2d))
+    first.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        vit(x)
+
+    assert convnext.normalization == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert vit.normalization == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    assert seen[0].dtype == torch.float32
+    torch.testing.assert_close(seen[0], (x / 255 - 0.5) / 0.5)
+
+
+def test_gradient_reaches_every_parameter():
+    network = build("timm:convnext_atto").train()
+    network(pixels(64, 4)).square().sum().backward()
+
+    assert all(each.grad is not None and each.grad.any() for each in network.parameters())
+
+
+def test_a_network_of_one_size_says_so_before_anything_runs():
+    network = build("timm:vit_tiny_patch16_224")
+
+    with pytest.raises(ValueError, match="64 x 32 pixels for a network that takes 64 x 64 only: g"):
+        network(pixels(64)[:, :, :, :32])
+
+
+@pytest.mark.parametrize("name", ["torchvision:resnet18", "timm:resnet18"])
+def test_a_size_for_a_network_of_any_size_is_refused(name):
+    with pytest.raises(ValueError, match=r"image_size \(64\): resnet18 takes images of any size"):
+        build(name, image_size=64)
+
+
+def test_a_size_that_does_not_suit_the_network_is_refused():
+    with pytest.raises(ValueError, match=r"image_size \(50\): vit_b_32: .*divisible by patch size"):
+        build("torchvision:vit_b_32", image_size=50)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "resnet50"}, r"'resnet50'\) must be torchvision:NAME or timm:NAME"),
+        ({"name": "timm:"}, r"must be torchvision:NAME or timm:NAME"),
+        ({"name": "torchvision:convnext_tinny"}, r"of torchvision; did you mean 'convnext_tiny'"),
+        ({"name": "timm:vit_tiny_patch16_225"}, r"did you mean .*'vit_tiny_patch16_224'"),
+        ({"name": "torchvision:qqqq"}, r"of torchvision; it has \d+, among them alexnet"),
+        ({"name": "timm:resnet18.a9"}, r"no weights 'a9' for resnet18; known: .*a1_in1k"),
+        ({"name": "torchvision:resnet50.V9"}, r"known: IMAGENET1K_V1, IMAGENET1K_V2"),
+        ({"name": "timm:resnet10", "pretrained": False}, r"no network of timm; did you mean"),
+        ({"image_size": 0}, r"image_size \(0\) must be at least 1"),
+    ],
+)
+def test_what_no_library_offers_is_refused_with_what_is_near(options, message):
+    with pytest.raises(ValueError, match=message):
+        named.Options(**options)
+
+
+def test_without_timm_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+
+    with pytest.raises(ValueError, match=r"needs timm: pip install 'fastssl\[timm\]'"):
+        named.Options(name="timm:convnext_atto")
+
+
+def test_torchvisions_weights_without_network_are_one_line_with_the_cache_and_the_file(
+    monkeypatch, tmp_path
+):
+    def no_network(*_, **__):
+        raise urllib.error.URLError("Name or service not known")
+
+    monkeypatch.setattr(torch.hub, "urlopen", no_network)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(ValueError, match="Name or service not known") as error:
+        build("torchvision:resnet18", pretrained=True)
+
+    said = str(error.value)
+    assert str(tmp_path / "hub" / "checkpoints") in said
+    assert "put https://download.pytorch.org/models/resnet18-f37072fd.pth there" in said
+    assert "\n" not in said
+
+
+def test_timms_weights_without_network_are_one_line_with_the_cache(monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ValueError, match=r"pretrained \(true\): the weights of resnet18") as error:
+        build("timm:resnet18", pretrained=True)
+
+    assert str(tmp_path) in str(error.value)
+    assert "HF_HUB_OFFLINE=1" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_published_weights_from_the_cache_are_the_ones_that_are_used(monkeypatch, tmp_path):
+    theirs = torchvision.models.squeezenet1_1()
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    torch.save(theirs.state_dict(), folder / "squeezenet1_1-b8a52dc0.pth")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    ours = build("torchvision:squeezenet1_1.IMAGENET1K_V1", pretrained=True)
+
+    assert all(
+        torch.equal(value, theirs.state_dict()[key]) for key, value in ours.state_dict().items()
+    )

@@ -1,0 +1,226 @@
+"""A sweep: every point checked before the first trains, resumed after a signal, failures named."""
+
+import csv
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from fastssl import journal, sweeping
+from fastssl.config import RecipeError
+from fastssl.evaluations import sweep
+from fastssl.sweeping import Outcome
+
+# Two steps on a few of the built-in images, a backbone of 1,500 weights.
+SMALL = [
+    "data.limit=16",
+    "pipeline.image_size=24",
+    "pipeline.patches_crop=36",
+    "pipeline.patch=8",
+    "evaluation.resize=24",
+    "evaluation.crop=24",
+    "objective.negatives=8",
+    "optim.lr_batch=8",
+    "train.batch=8",
+    "train.epochs=1",
+    "train.log_steps=1",
+    "probe.images=100",
+]
+GRID = ["sweep.key=train.precision", "sweep.values=[fp32, fp16]", "sweep.seeds=[3]"]
+
+
+@pytest.fixture(scope="module")
+def swept(recipe, demo_images, tmp_path_factory):
+    """Folder, exit codes and output of a sweep that is stopped in its second run, and goes on."""
+    del demo_images  # rendered
+    out = tmp_path_factory.mktemp("swept") / "sweep"
+    line = [str(recipe), *SMALL, *GRID, f"sweep.out={out}"]
+
+    def stop_in_second_run():
+        deadline = time.monotonic() + 300
+        while not (out / "sweep.json").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(
+            "ACCELERATE_USE_CPU", "True"
+        )  # where fp16 is a mistake that only train.py sees
+        threading.Thread(target=stop_in_second_run).start()
+        stopped, _ = sweep.command(line)
+        first = (out / "precision=fp32,seed=3" / "metrics.jsonl").read_bytes()
+        code, table = sweep.command(line)
+    return out, (stopped, code), first, table
+
+
+def test_a_signal_stops_the_sweep_with_75_and_the_same_command_goes_on(swept):
+    out, (stopped, code), first, _ = swept
+
+    assert stopped == 75
+    assert code == 1  # the second point can't be trained
+    assert (out / "precision=fp32,seed=3" / "metrics.jsonl").read_bytes() == first
+    assert json.loads(first.splitlines()[-1])["step"] == 2
+
+
+def test_a_failed_point_is_named_in_the_table_and_does_not_end_the_sweep(swept):
+    out, _, _, table = swept
+
+    assert table.columns[0] == "train.precision"
+    assert [row[0] for row in table.rows] == ["fp32", "fp16"]
+    assert [row[-1] for row in table.rows] == ["finished", "failed: 1"]
+    with (out / "sweep.csv").open(newline="") as file:
+        runs = list(csv.DictReader(file))
+    assert [run["state"] for run in runs] == ["finished", "failed"]
+    assert "fp16" in runs[1]["reason"]
+    assert "ended with 2" in runs[1]["reason"]
+    assert "| fp16 | 0 | - |" in (out / "sweep.md").read_text()
+
+
+def test_the_accuracy_is_what_the_run_measured_and_random_what_it_began_with(swept):
+    out, _, _, table = swept
+    folder = out / "precision=fp32,seed=3"
+    probes = [line["accuracy"] for line in journal.read(folder) if line.get("probe") == "knn"]
+
+    row = dict(zip(table.columns, table.rows[0], strict=True))
+    assert (row["random"], row["knn"]) == (probes[0], probes[-1])
+    (run, _) = json.loads((out / "sweep.json").read_text())["runs"]
+    assert (run["seed"], run["accuracy"], run["run"]) == (3, probes[-1], str(folder))
+    with Image.open(out / "sweep.png") as plot:
+        assert plot.size == (1050, 675)
+
+
+def test_a_finished_run_of_another_recipe_is_not_taken_for_the_point(swept, recipe):
+    out, *_ = swept
+    line = [str(recipe), *SMALL, *GRID, f"sweep.out={out}"]
+
+    with pytest.raises(RecipeError, match=r"another recipe \(optim.lr: 0.12 there, 0.5 here"):
+        sweep.command([*line, "optim.lr=0.5"])
+
+
+def plan(recipe, tmp_path, keys, seeds=(), overrides=()):
+    return sweeping.plan(str(recipe), [*SMALL, *overrides], keys, seeds, tmp_path)
+
+
+def test_points_are_every_value_with_every_other_for_each_seed(recipe, tmp_path):
+    keys = {"objective.patch_weight": (0, 0.5), "pipeline.permutations": (None, 24)}
+    points = plan(recipe, tmp_path, keys, (1, 2))
+
+    names = [point.name for point in points]
+    assert names[:2] == [
+        "patch_weight=0,permutations=null,seed=1",
+        "patch_weight=0,permutations=24,seed=1",
+    ]
+    assert len(set(names)) == 8
+    last = points[-1].recipe
+    assert last.objective.options.patch_weight == 0.5
+    assert last.pipeline.options.permutations == 24
+    assert last.train.seed == 2
+    assert last.train.out == str(points[-1].folder)
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"objective.patch_weigth": (0, 1)}, "did you mean 'patch_weight'"),
+        ({"objective.patch_weight": (0, 2.0)}, r"patch_weight \(2.0\) must lie in 0 ... 1"),
+        ({"objective.negatives": (8, 0.5)}, "expected int, got 0.5"),
+        ({"objectiv.negatives": (8,)}, "unknown section 'objectiv'"),
+    ],
+)
+def test_every_point_is_checked_before_the_first_one_trains(recipe, tmp_path, keys, said):
+    with pytest.raises(RecipeError, match=said) as error:
+        plan(recipe, tmp_path, keys)
+
+    assert len(str(error.value).splitlines()) == 1  # not once a point
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["sweep.key=optim.lr"], "belong together"),
+        (["sweep.values=[1]"], "belong together"),
+        ([], "key .* must name a key of the recipe"),
+        (["sweep.key=optim.lr", "sweep.values=[0.1, 0.1]"], "a value twice"),
+        (["sweep.key=train.out", "sweep.values=[a, b]"], "not for a sweep"),
+        (["sweep.key=train.seed", "sweep.values=[1]", "sweep.seeds=[1]"], "give one of them"),
+        (["sweep.kee=1"], "did you mean 'key'"),
+        (["sweep.key=optim.lr", "sweep.values=0.1"], r"write \[0.1\]"),
+        (["sweep.key=optim.lr", "sweep.values=[0.1]", "linear.epochs=2"], "sweep.probe=linear"),
+        (["sweep.key=optim.lr", "sweep.values=[0.1]", "train.out=x"], "give sweep.out"),
+        (["sweep.key=optim.lr", "sweep.values=[0.1]", "a.yaml"], "expected one recipe, got"),
+    ],
+)
+def test_a_mistake_in_the_grid_is_named(recipe, words, said):
+    with pytest.raises(ValueError, match=said):
+        sweep.command([str(recipe), *words])
+
+
+def test_under_several_processes_it_says_what_to_give_instead(recipe, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+    with pytest.raises(RecipeError, match=r"sweep\.processes=2"):
+        sweep.command([str(recipe), "sweep.key=optim.lr", "sweep.values=[0.1]"])
+
+
+def test_without_images_to_probe_on_nothing_is_trained(recipe, tmp_path, demo_images):
+    (tmp_path / "images").symlink_to(demo_images / "train")
+    folders = [f"data.root={tmp_path / 'images'}", f"sweep.out={tmp_path / 'o'}"]
+    line = [str(recipe), *SMALL, *folders]
+
+    with pytest.raises(RecipeError, match="give probe"):
+        sweep.command([*line, "sweep.key=optim.lr", "sweep.values=[0.1]"])
+    assert not (tmp_path / "o").exists()
+
+
+def test_without_matplotlib_it_says_what_to_install(recipe, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+
+    with pytest.raises(ValueError, match=r"pip install 'fastssl\[evaluate\]'.*sweep.plot=false"):
+        sweep.command([str(recipe), "sweep.key=optim.lr", "sweep.values=[0.1]"])
+
+
+def test_seeds_become_a_mean_and_a_spread(recipe, tmp_path):
+    points = plan(recipe, tmp_path, {"objective.negatives": (1, 1000)}, (0, 1))
+    accuracies = [0.2, 0.4, 0.3, None]
+    outcomes = [
+        Outcome(point, "broke" if accuracy is None else None, accuracy, 0.1, None)
+        for point, accuracy in zip(points, accuracies, strict=True)
+    ]
+    options = sweep.Options(key="objective.negatives", values=(1, 1000), seeds=(0, 1))
+    about = {"keys": ["objective.negatives"], "chance": 0.1, "probe": "knn", "probe_arguments": []}
+    table = sweep._write(tmp_path, about, outcomes, options)
+
+    spread = 0.05 * 2**0.5  # of 0.2 and 0.3, n - 1
+    assert table.rows[0][:5] == ["1", 2, 0.25, pytest.approx(spread), 0.1]
+    assert table.rows[1][:5] == ["1000", 1, 0.4, None, 0.1]
+    assert sweeping.measured(tmp_path, about) == {
+        str(point.folder): accuracy
+        for point, accuracy in zip(points, accuracies, strict=True)
+        if accuracy is not None
+    }
+    assert sweeping.measured(tmp_path, about | {"probe": "linear"}) == {}
+
+
+def test_wide_numbers_stand_on_a_log_axis_and_words_in_their_order():
+    place, labels, is_log = sweep._axis((64, 4096))
+    assert (place(64), labels, is_log) == (64.0, None, True)
+    assert sweep._axis((0, 0.5, 1))[1:] == (None, False)
+    place, labels, is_log = sweep._axis((24, None, (1, 2)))
+
+    assert ([place(24), place(None), place((1, 2))], is_log) == ([0, 1, 2], False)
+    assert labels == ["24", "null", "[1, 2]"]
+
+
+def test_names_of_folders_are_plain(recipe, tmp_path):
+    keys = {"pipeline.image_area": ((0.2, 1.0), (0.08, 1.0))}
+    points = plan(recipe, tmp_path, keys)
+
+    assert [point.name for point in points] == ["image_area=0.2-1.0", "image_area=0.08-1.0"]
+    assert Path(points[0].folder).parent == tmp_path

@@ -1,0 +1,243 @@
+"""RUN names a backbone with weights: every spelling of it, and what is refused by name."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torchvision.models import list_models
+
+from fastssl import config, export, trained
+from fastssl.backbones import resnet
+from fastssl.config import RecipeError
+
+RESNET10 = {"use": "fastssl.backbones.resnet", "name": "resnet10", "width": 8}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, checkout) -> Path:
+    """A run folder as a jigsaw run of a narrow resnet10 leaves it."""
+    overrides = ["backbone.width=8"]
+    recipe = config.load(checkout / "recipes" / "jigsaw.yaml", overrides)
+    folder = tmp_path_factory.mktemp("runs") / "jigsaw-7"
+    folder.mkdir()
+    torch.manual_seed(3)
+    backbone = recipe.backbone.module.backbone(recipe.backbone.options)
+    export.save_backbone(folder, backbone, recipe, step=400)
+    return folder
+
+
+@pytest.fixture
+def run(finished, tmp_path) -> Path:
+    """One to damage."""
+    return shutil.copytree(finished, tmp_path / "jigsaw-7")
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return load_file(path / "backbone.safetensors")
+
+
+def sealed(run: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Puts other weights in the run's, with the checksum that belongs to them."""
+    save_file(tensors, run / "backbone.safetensors")
+    card = json.loads((run / "backbone.json").read_text())
+    card["sha256"] = hashlib.sha256((run / "backbone.safetensors").read_bytes()).hexdigest()
+    (run / "backbone.json").write_text(json.dumps(card))
+
+
+@pytest.mark.parametrize("file", ["", "backbone.json"])
+def test_a_run_folder_says_all_by_itself(finished, file):
+    found = trained.load(str(finished / file))
+
+    assert (found.name, found.folder, found.step) == ("jigsaw-7", finished, 400)
+    assert found.preprocessing[0] == "pipelines.evaluation_patches"
+    assert found.preprocessing[1] == {"resize": 84, "crop": 72, "grid": 3}
+    assert found.standardize == "joint"
+    assert found.use == "fastssl.backbones.resnet"
+    assert found.card is not None
+    assert found.card["recipe"]["pipeline"]["patch"] == 24
+    assert not found.backbone.training
+    for key, tensor in weights(finished).items():
+        assert torch.equal(found.backbone.state_dict()[key], tensor)
+
+
+def test_a_card_of_old_keeps_its_own_preprocessing(run):
+    card = json.loads((run / "backbone.json").read_text())
+    card["preprocessing"] = {"use": "pipelines.evaluation", "options": {"resize": 64, "crop": 64}}
+    (run / "backbone.json").write_text(json.dumps(card))
+
+    preprocessing = trained.load(str(run)).preprocessing
+    assert preprocessing == ("pipelines.evaluation", {"resize": 64, "crop": 64})
+
+
+def test_a_lone_file_needs_the_network_s_name(run):
+    (run / "backbone.json").unlink()
+    path = str(run / "backbone.safetensors")
+    with pytest.raises(RecipeError, match=r"say which network it is of, as backbone.name=resnet50"):
+        trained.load(path)
+    found = trained.load(path, backbone=dict(RESNET10))
+
+    assert found.folder is None
+    assert found.preprocessing == ("pipelines.evaluation", {})
+    assert torch.equal(found.backbone.state_dict()["conv1.weight"], weights(run)["conv1.weight"])
+
+
+def test_a_lone_file_with_its_card_beside_it_needs_nothing(finished):
+    found = trained.load(str(finished / "backbone.safetensors"))
+
+    assert (found.standardize, found.step) == ("joint", 400)
+    assert found.weights == trained.load(str(finished)).weights
+
+
+def test_spare_keys_are_left_out_only_when_they_are_named(tmp_path, finished):
+    path = tmp_path / "more.safetensors"
+    tensors = weights(finished)
+    save_file({**tensors, "fc.weight": torch.zeros(2, 3), "fc.bias": torch.zeros(2)}, path)
+    with pytest.raises(
+        RecipeError, match=r"unexpected: fc.bias, fc.weight.*weights.ignore=\[fc.bias,fc.weight\]"
+    ):
+        trained.load(str(path), backbone=dict(RESNET10))
+    with pytest.raises(RecipeError, match=r"has no 'fc.wieght'; did you mean 'fc.weight'"):
+        trained.load(str(path), backbone=dict(RESNET10), ignore=("fc.wieght",))
+    found = trained.load(str(path), backbone=dict(RESNET10), ignore=("fc.weight", "fc.bias"))
+
+    assert torch.equal(found.backbone.state_dict()["bn1.bias"], tensors["bn1.bias"])
+
+
+def test_missing_keys_are_named(tmp_path, finished):
+    path = tmp_path / "fewer.safetensors"
+    tensors = weights(finished)
+    del tensors["layer2.0.conv1.weight"]
+    save_file(tensors, path)
+    with pytest.raises(RecipeError, match=r"missing: layer2.0.conv1.weight$"):
+        trained.load(str(path), backbone=dict(RESNET10))
+
+
+def test_another_network_s_weights_are_refused_by_key_and_shape(finished):
+    given = {"name": "resnet10", "width": 16}
+    with pytest.raises(RecipeError, match=r"another shape: bn1.bias \(8,\) for \(16,\)"):
+        trained.load(str(finished / "backbone.safetensors"), backbone=given)
+    with pytest.raises(RecipeError, match=r"missing: .*resnet18|resnet18.*missing: layer1.1"):
+        trained.load(
+            str(finished / "backbone.safetensors"), backbone={"name": "resnet18", "width": 8}
+        )
+
+
+@pytest.mark.parametrize("lone", [False, True], ids=["run", "file"])
+def test_a_truncated_file_is_refused(run, lone):
+    path = run / "backbone.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    if lone:
+        (run / "backbone.json").unlink()
+        with pytest.raises(RecipeError, match="is cut short, damaged or no safetensors file"):
+            trained.load(str(path), backbone=dict(RESNET10))
+    else:
+        with pytest.raises(RecipeError, match="is damaged, cut short"):
+            trained.load(str(run))
+
+
+@pytest.mark.parametrize("lone", [False, True], ids=["run", "file"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused_by_key(run, lone, value):
+    tensors = weights(run)
+    tensors["layer3.0.bn2.weight"][1] = value
+    sealed(run, tensors)
+    given = dict(RESNET10) if lone else {}
+    with pytest.raises(RecipeError, match=r"layer3.0.bn2.weight holds NaN or infinity"):
+        trained.load(str(run / "backbone.safetensors") if lone else str(run), backbone=given)
+
+
+def test_an_unfinished_run_says_how_it_goes_on(run, tmp_path):
+    (run / "backbone.json").unlink()
+    (run / "checkpoints").mkdir()
+    with pytest.raises(RecipeError, match="is a run that is not finished"):
+        trained.load(str(run))
+    (tmp_path / "other").mkdir()
+    with pytest.raises(RecipeError, match=r"is no run folder: it has no backbone.json"):
+        trained.load(str(tmp_path / "other"))
+
+
+def test_fresh_weights_depend_on_the_seed_alone_and_leave_the_caller_s_alone():
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    one, same, other = (trained.load("random:resnet10", seed=seed) for seed in (1, 1, 2))
+
+    assert torch.equal(torch.get_rng_state(), state)
+    assert one.weights == same.weights != other.weights
+    assert (one.name, one.folder, one.card) == ("random:resnet10", None, None)
+    assert one.preprocessing == ("pipelines.evaluation", {})
+    assert isinstance(one.backbone, resnet.Backbone)
+
+
+def test_fresh_weights_of_a_network_with_options():
+    found = trained.load("random:resnet10", backbone={"width": 8})
+
+    assert found.options["width"] == 8
+    with pytest.raises(RecipeError, match=r"backbone.witdh: .* did you mean 'backbone.width'"):
+        trained.load("random:resnet10", backbone={"witdh": 8})
+
+
+def test_fresh_weights_of_a_run_have_all_of_it_but_the_weights(finished):
+    found, run = trained.load(f"random:{finished}"), trained.load(str(finished))
+
+    assert found.name == "random:jigsaw-7"
+    assert found.folder is None
+    assert (found.use, found.options, found.preprocessing, found.standardize) == (
+        run.use,
+        run.options,
+        run.preprocessing,
+        run.standardize,
+    )
+    assert found.weights != run.weights
+    assert found.step == 0
+
+
+def test_fresh_weights_of_a_recipe_are_of_the_demo_only_without_data(checkout):
+    recipe = checkout / "recipes" / "jigsaw.yaml"
+    demo = trained.load(f"random:{recipe}")
+    real = trained.load(f"random:{recipe}", data_root="/some where")
+
+    assert (demo.options["name"], real.options["name"]) == ("resnet10", "resnet50")
+    assert (demo.preprocessing[1]["crop"], real.preprocessing[1]["crop"]) == (72, 192)
+    assert demo.name == "random:jigsaw"
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        ("random:resnet11", r"'resnet11'.* did you mean 'resnet1"),
+        ("random:", "names no network"),
+        ("random:runs/absent", "there is no runs/absent"),
+        ("random:absent.yaml", "absent.yaml: No such file"),
+        ("torchvision:resnet51", "resnet51"),
+        ("resnet5000", "no network of that name; did you mean"),
+        ("runs/absent", "runs/absent: no such file"),
+        ("absent.safetensors", "absent.safetensors cannot be read: No such file"),
+    ],
+)
+def test_what_is_not_there_is_named(run, message):
+    with pytest.raises(RecipeError, match=message):
+        trained.load(run)
+
+
+def test_a_file_of_another_kind_is_refused(checkout):
+    with pytest.raises(RecipeError, match=r"is no RUN: give a run folder, its backbone.json"):
+        trained.load(str(checkout / "recipes" / "jigsaw.yaml"))
+
+
+def test_options_that_change_nothing_are_refused(finished):
+    with pytest.raises(RecipeError, match=r"backbone.name: .* says itself which network"):
+        trained.load(str(finished), backbone={"name": "resnet18"})
+    with pytest.raises(RecipeError, match=r"weights.ignore: .* is no .safetensors"):
+        trained.load(str(finished), ignore=("fc.weight",))
+
+
+def test_published_networks_are_prepared_for_as_their_publishers_do():
+    assert "resnet50" in list_models()
+    assert trained.published_sizes("torchvision:resnet50") == {"resize": 232, "crop": 224}
+    first = trained.published_sizes("torchvision:resnet50.IMAGENET1K_V1")
+    assert first == {"resize": 256, "crop": 224}
+    assert trained.published_sizes("timm:resnet50.tv_in1k") == {"resize": 256, "crop": 224}
