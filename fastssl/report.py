@@ -16,9 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import fastssl
-from fastssl import report_page, report_pictures
-from fastssl.report_pictures import Picture
-from fastssl.report_run import Run, read_all
+from fastssl.reporting import page as report_page
+from fastssl.reporting import pictures as report_pictures
+from fastssl.reporting.pictures import Picture
+from fastssl.reporting.run import Run, read_all
 
 
 def main(arguments: Sequence[str]) -> int:

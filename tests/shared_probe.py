@@ -7,9 +7,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from fastssl import distributed, logistic, logistic_sgd
-from fastssl.linear_head import Head
-from fastssl.linear_protocols import Sgd
+from fastssl import distributed
+from fastssl.linear import logistic, logistic_sgd
+from fastssl.linear.head import Head
+from fastssl.linear.protocols import Sgd
 
 CPU = torch.device("cpu")
 CLASSES = 4

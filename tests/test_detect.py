@@ -11,12 +11,14 @@ from torch import nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
-from fastssl import detection, detection_data, evaluate, loader
-from fastssl import detection_score as score
+from fastssl import evaluate, loader
 from fastssl.backbones import resnet
-from fastssl.detection import Design, Detector
-from fastssl.detection_boxes import Truth, truth
-from fastssl.detection_score import Boxes
+from fastssl.detection import data as detection_data
+from fastssl.detection import detector as detection
+from fastssl.detection import score
+from fastssl.detection.boxes import Truth, truth
+from fastssl.detection.detector import Design, Detector
+from fastssl.detection.score import Boxes
 from fastssl.evaluations import detect
 from fastssl.voc import Object
 from pipelines import detection as graph

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastssl import detection_boxes, loader
+from fastssl import loader
+from fastssl.detection import boxes as detection_boxes
 from pipelines import detection
 from pipelines.readers import folder
 

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
-from fastssl import logistic, logistic_sgd
-from fastssl.linear_protocols import K19, PROTOCOLS, Options, Sgd
+from fastssl.linear import logistic, logistic_sgd
+from fastssl.linear.protocols import K19, PROTOCOLS, Options, Sgd
 from tests import shared_probe
 from tests.shared_probe import CLASSES, SGD, fit, head_for, problem, rows, train_by_sgd
 

@@ -19,11 +19,12 @@ import yaml
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from fastssl import checkpoint, report, report_probes
-from fastssl.report_charts import Series, chart, thin, ticks
-from fastssl.report_html import element, join
-from fastssl.report_pictures import LARGEST
-from fastssl.report_run import read_all
+from fastssl import checkpoint, report
+from fastssl.reporting import probes as report_probes
+from fastssl.reporting.charts import Series, chart, thin, ticks
+from fastssl.reporting.markup import element, join
+from fastssl.reporting.pictures import LARGEST
+from fastssl.reporting.run import read_all
 
 VOID = {"meta", "img", "br"}
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&"

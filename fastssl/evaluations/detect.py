@@ -2,7 +2,7 @@
 
 The protocols are those of PIRL (Misra & van der Maaten 2020, tables 1 and 6) and of MoCo (He et
 al. 2020, table 5), both with Detectron2 and R50-C4. Compare `VOC AP`, `VOC AP50` and `VOC AP75`
-with their tables: fastssl.detection_score says why, and fastssl.detection what differs from
+with their tables: fastssl.detection.score says why, and fastssl.detection.detector what differs from
 Detectron2. `AP`, `AP50` and `AP75` are COCO's.
 """
 
@@ -17,19 +17,15 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object, set_seed
 
-from fastssl import (
-    checkpoint,
-    detection,
-    detection_boxes,
-    detection_data,
-    detection_score,
-    detection_training,
-    distributed,
-    starting,
-)
-from fastssl.detection import Design, Detector
-from fastssl.detection_score import Boxes
-from fastssl.detection_training import Schedule
+from fastssl import checkpoint, distributed, starting
+from fastssl.detection import boxes as detection_boxes
+from fastssl.detection import data as detection_data
+from fastssl.detection import detector as detection
+from fastssl.detection import score as detection_score
+from fastssl.detection import training as detection_training
+from fastssl.detection.detector import Design, Detector
+from fastssl.detection.score import Boxes
+from fastssl.detection.training import Schedule
 from fastssl.evaluation_task import Table, Task
 
 HELP = "Faster R-CNN (C4 or FPN) on a VOC folder with the backbone: AP, AP50, AP75"

@@ -22,10 +22,11 @@ import safetensors.torch
 import torch
 import yaml
 
-from fastssl import distributed, journal, logistic
+from fastssl import distributed, journal
 from fastssl.config import RecipeError
 from fastssl.evaluation_task import Cell, Table, Task
 from fastssl.labelled import Split
+from fastssl.linear import logistic
 
 HELP = "1 % and 10 % of the labels, or K of each class: logistic regression and fine-tuning"
 

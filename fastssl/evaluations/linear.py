@@ -1,6 +1,6 @@
 """Logistic regression on frozen features, at every depth of the backbone at once.
 
-By the papers' protocols, which fastssl.linear_protocols lists: L-BFGS or SGD, linear or with a
+By the papers' protocols, which fastssl.linear.protocols lists: L-BFGS or SGD, linear or with a
 hidden layer. The accuracy is that of the last step, over the images that val has: nothing is chosen
 by val, and the depth that is named best is a remark on the table.
 """
@@ -11,14 +11,14 @@ from dataclasses import asdict
 from statistics import mean, stdev
 from typing import Any
 
-from fastssl import logistic, logistic_augmented, logistic_sgd
 from fastssl.config import Part
 from fastssl.evaluation_task import Cell, Table, Task
 from fastssl.features import Features
 from fastssl.labelled import Split
-from fastssl.linear_head import Head
-from fastssl.linear_protocols import Options, Sgd
-from fastssl.logistic import Predictions, Rows
+from fastssl.linear import logistic, logistic_augmented, logistic_sgd
+from fastssl.linear.head import Head
+from fastssl.linear.logistic import Predictions, Rows
+from fastssl.linear.protocols import Options, Sgd
 
 __all__ = ["HELP", "Options", "evaluate"]
 

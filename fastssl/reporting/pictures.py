@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from PIL import Image
 
 from fastssl import config, page, pictures, preview
-from fastssl.report_run import Run
+from fastssl.reporting.run import Run
 
 LARGEST = 600_000  # bytes of one picture
 MOST = 24  # pictures of one run

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-from fastssl.report_charts import Series, Unit
+from fastssl.reporting.charts import Series, Unit
 
 # Parts of a key (between underscores) that make it a result: first those that say how good the
 # features are, in parts of 1, then others.

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastssl import detection_boxes, order
-from fastssl.detection_boxes import Truth
+from fastssl import order
+from fastssl.detection import boxes as detection_boxes
+from fastssl.detection.boxes import Truth
 from fastssl.loader import Loader
 from fastssl.loader import Options as Loading
 

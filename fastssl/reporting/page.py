@@ -7,10 +7,11 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeGuard
 
-from fastssl import config, report_probes
+from fastssl import config
 from fastssl.journal import WAITING, WARM_UP
 from fastssl.recipe_text import in_yaml
-from fastssl.report_charts import (
+from fastssl.reporting import probes as report_probes
+from fastssl.reporting.charts import (
     Series,
     Unit,
     chart,
@@ -18,11 +19,11 @@ from fastssl.report_charts import (
     run_swatch,
     shown,
 )
-from fastssl.report_html import Child, Markup, element, folded, join, table
-from fastssl.report_pictures import Picture
-from fastssl.report_probes import Probe, Row, is_number
-from fastssl.report_run import Run
-from fastssl.report_style import SCRIPT, STYLE
+from fastssl.reporting.markup import Child, Markup, element, folded, join, table
+from fastssl.reporting.pictures import Picture
+from fastssl.reporting.probes import Probe, Row, is_number
+from fastssl.reporting.run import Run
+from fastssl.reporting.style import SCRIPT, STYLE
 
 
 class Curve(NamedTuple):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastssl import checkpoint, distributed, journal
-from fastssl.detection import Detector
+from fastssl.detection.detector import Detector
 from fastssl.loader import Loader
 
 STOPPED = 75  # exit code: stopped by a signal after a checkpoint, as train.py's

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl import distributed, optim
-from fastssl.linear_head import Head
-from fastssl.linear_protocols import Sgd
+from fastssl.linear.head import Head
+from fastssl.linear.protocols import Sgd
 
 CHUNK = 64  # rows that are read together: half a megabyte of 2048 float32
 

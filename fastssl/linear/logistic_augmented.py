@@ -13,9 +13,9 @@ from fastssl import distributed, loader, order, representation
 from fastssl.config import Part
 from fastssl.evaluation_task import Task
 from fastssl.labelled import Split
-from fastssl.linear_head import Head
-from fastssl.linear_protocols import Sgd
-from fastssl.logistic_sgd import Trainer, check_batch
+from fastssl.linear.head import Head
+from fastssl.linear.logistic_sgd import Trainer, check_batch
+from fastssl.linear.protocols import Sgd
 
 
 def train(

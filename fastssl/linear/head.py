@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl import distributed
-from fastssl.logistic import Standard
+from fastssl.linear.logistic import Standard
 
 
 class Head(nn.Module):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from fastssl.report_html import Markup, element, folded, join
+from fastssl.reporting.markup import Markup, element, folded, join
 
 WIDTH, HEIGHT = 440, 250  # units of the drawing; shown about as large as that in pixels
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 40  # margins around the plot

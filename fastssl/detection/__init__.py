@@ -1,0 +1,1 @@
+"""Faster R-CNN on a trained backbone: detector, boxes, data, training, scores."""

@@ -1,0 +1,1 @@
+"""What `python -m fastssl.report` puts on its page, and how."""
