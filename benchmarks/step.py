@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
 
-from fastssl import optim, order, train
+from fastssl import optim, order, starting
 from fastssl.config import Recipe
 
 LEAST = 2  # images: batch norm needs two values of a channel
@@ -46,9 +46,8 @@ def make(recipe: Recipe, samples: Any) -> Step:
         labels=None if samples.labels is None else torch.from_numpy(samples.labels),
         seed=options.seed,
     )
-    accelerator = Accelerator(
-        cpu=on_cpu, mixed_precision=train.mixed_precision(options.precision, on_cpu)
-    )
+    precision = starting.mixed_precision(options.precision, on_cpu, key="train.precision")
+    accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision)
     torch.backends.cudnn.benchmark = True
     torch.set_float32_matmul_precision("high")
     objective = objective.to(device=accelerator.device, memory_format=torch.channels_last)

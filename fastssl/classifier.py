@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from fastssl import export
+from fastssl import backbone_file
 from fastssl.checkpoint import whole_file
 from fastssl.config import RecipeError
 
@@ -68,7 +68,7 @@ def load(run: Path | str) -> Classifier:
         RecipeError: the run has no head, is not finished, or a file is damaged.
     """
     folder = Path(run)
-    backbone = export.load_backbone(folder)
+    backbone = backbone_file.load_backbone(folder)
     card = json.loads((folder / "backbone.json").read_text(encoding="utf-8"))
     path = folder / _HEAD
     if not path.exists():

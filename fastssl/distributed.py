@@ -64,3 +64,21 @@ def copy_from_first(tensors: Iterable[Tensor]) -> None:
     if world() > 1:
         for tensor in tensors:
             dist.broadcast(tensor, src=0)
+
+
+def object_from_first(value: object, control: "dist.ProcessGroup | None") -> Any:
+    """Rank 0's value, on every process; `control` is a group over the CPU, None for one process."""
+    if control is None:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, group=control)
+    return box[0]
+
+
+def objects_to_first(value: object, control: "dist.ProcessGroup | None") -> list[Any]:
+    """Every process's value in rank order, on rank 0; elsewhere a list of nothing."""
+    if control is None:
+        return [value]
+    boxes: list[Any] = [None] * dist.get_world_size()
+    dist.gather_object(value, boxes if dist.get_rank() == 0 else None, dst=0, group=control)
+    return boxes

@@ -116,7 +116,7 @@ def evaluate(what: str, arguments: Sequence[str], until_the_end: contextlib.Exit
     names, settings = _read(what, module, arguments)
     options: Options = settings["evaluate"]
     on_cpu = starting.on_cpu()
-    precision = starting.mixed_precision(options.precision, on_cpu)
+    precision = starting.mixed_precision(options.precision, on_cpu, key="evaluate.precision")
     reader, is_demo = settings["data"]
     if is_demo:
         say("data.root is not given: the built-in images are used")

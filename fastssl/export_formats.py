@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torchvision.models import get_model, list_models
 from torchvision.transforms.v2 import functional
 
-from fastssl import demo, export, loader, model_card, patch_network
+from fastssl import backbone_file, demo, loader, model_card, patch_network
 from fastssl.backbones import named
 from fastssl.config import RecipeError
 from fastssl.patch_network import Standardization
@@ -211,7 +211,7 @@ def _other_size(pixels: Tensor) -> Tensor:
 def _to_torchvision(trained: Trained, ours: _Pixels, pixels: Tensor, folder: Path) -> Written:
     del pixels
     file = folder / "model.safetensors"
-    file.write_bytes(safetensors.torch.save(export.tensors_of(trained.backbone)))
+    file.write_bytes(safetensors.torch.save(backbone_file.tensors_of(trained.backbone)))
     network, build = _other_side(trained, "torchvision")
     network.load_state_dict(safetensors.torch.load_file(file))
     code = (
@@ -229,7 +229,7 @@ def _to_torchvision(trained: Trained, ours: _Pixels, pixels: Tensor, folder: Pat
 
 def _to_timm(trained: Trained, ours: _Pixels, pixels: Tensor, folder: Path) -> Written:
     file = folder / "model.safetensors"
-    file.write_bytes(safetensors.torch.save(export.tensors_of(trained.backbone)))
+    file.write_bytes(safetensors.torch.save(backbone_file.tensors_of(trained.backbone)))
     (folder / "config.json").write_text(json.dumps(_timm_config(trained, pixels), indent=1))
     network, build = _other_side(trained, "timm")
     network.load_state_dict(safetensors.torch.load_file(file))
@@ -400,7 +400,7 @@ def _is_any_size(trained: Trained) -> bool:
 def _to_safetensors(trained: Trained, ours: _Pixels, pixels: Tensor, folder: Path) -> Written:
     del pixels
     recipe = trained.card.get("recipe") if trained.card is not None else None
-    weights, card = export.files_of(
+    weights, card = backbone_file.files_of(
         trained.backbone,
         trained.use,
         trained.options,
@@ -410,9 +410,9 @@ def _to_safetensors(trained: Trained, ours: _Pixels, pixels: Tensor, folder: Pat
     )
     (folder / "backbone.safetensors").write_bytes(weights)
     (folder / "backbone.json").write_bytes(card)
-    back = _Pixels(export.load_backbone(folder), ours.how)
+    back = _Pixels(backbone_file.load_backbone(folder), ours.how)
     code = (
-        "from fastssl.export import load_backbone\n\n"
+        "from fastssl.backbone_file import load_backbone\n\n"
         "network = load_backbone('THIS_FOLDER')  # takes uint8 too: its normalisation is inside\n"
     )
     return Written(back, code, any_size=_is_any_size(trained))

@@ -19,7 +19,7 @@ def on_cpu() -> bool:
     return not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU") == "True"
 
 
-def mixed_precision(asked: str, on_cpu: bool) -> str:
+def mixed_precision(asked: str, on_cpu: bool, *, key: str) -> str:
     """What Accelerate calls it; auto: bf16 on a GPU that has it, fp16 on others, else fp32.
 
     Raises:
@@ -30,7 +30,7 @@ def mixed_precision(asked: str, on_cpu: bool) -> str:
     if asked == "auto":
         asked = "fp32" if on_cpu else "bf16" if bf16 else "fp16"
     if asked == "fp16" and on_cpu:
-        raise ValueError("precision (fp16) needs a GPU: give fp32, bf16 or auto")
+        raise ValueError(f"{key} (fp16) needs a GPU: give fp32, bf16 or auto")
     return "no" if asked == "fp32" else asked
 
 

@@ -22,11 +22,10 @@ from typing import Any
 
 import yaml
 
-from fastssl import checkpoint, config, journal
+from fastssl import checkpoint, config, journal, stopping
 from fastssl.config import Recipe, RecipeError
 from fastssl.recipe_text import in_yaml
 
-STOPPED = 75  # as train.py's: stopped by a signal, the same command goes on
 _PACKAGE = Path(__file__).resolve().parents[1]
 # What a launcher tells its processes is not for those that are started here.
 _LAUNCHER = ("ACCELERATE_", "MASTER_", "PET_", "TORCHELASTIC_", "RANK", "LOCAL_", "WORLD_SIZE")
@@ -149,7 +148,7 @@ class Runner:
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         said = [line for line in lines if line.startswith("error")] or lines[-1:]
         if self.stopped:
-            code = STOPPED
+            code = stopping.STOPPED
         return code, said[-1] if said else ""
 
     def _ask(self, number: int, _: object) -> None:

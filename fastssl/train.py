@@ -8,15 +8,13 @@ checkpoint (the same command goes on).
 
 import contextlib
 import errno
-import fcntl
 import math
 import os
 import platform
-import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,12 +34,12 @@ from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from torch import Tensor
 
 from fastssl import (
+    backbone_file,
     checkpoint,
     classifier,
     config,
     demo,
     distributed,
-    export,
     journal,
     labelled,
     launcher,
@@ -50,6 +48,8 @@ from fastssl import (
     probe,
     representation,
     run_folder,
+    starting,
+    stopping,
     weights,
 )
 from fastssl.config import Recipe
@@ -58,7 +58,6 @@ from fastssl.loader import DataError, Loader, output_names, threads_per_process
 from fastssl.loader import Options as LoaderOptions
 from fastssl.rehearsal import rehearse
 
-STOPPED = 75  # EX_TEMPFAIL: try again
 COLLAPSED = 0.03  # std of the embeddings, where 1 is spread out and 0 a single point
 
 
@@ -84,8 +83,8 @@ def start(load: Callable[[], Recipe]) -> int:
         if isinstance(error, OSError) and not _is_about_the_disk(error):
             raise
         # Every process of a machine meets the same mistake; its first one tells it.
-        rank = _environment("RANK", 0)
-        if _environment("LOCAL_RANK", 0) == 0 or isinstance(error, DataError):
+        rank = starting.environment("RANK", 0)
+        if starting.environment("LOCAL_RANK", 0) == 0 or isinstance(error, DataError):
             where = f" (rank {rank} on {platform.node()})" if rank else ""
             print(f"error{where}: {error}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, ValueError) else 1
@@ -109,19 +108,21 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
     """
     # ---- What is to be done: nothing below has touched a device, nothing is written yet --------
     options, out = recipe.train, Path(recipe.train.out or Path("runs") / recipe.name)
-    rank, world = _environment("RANK", 0), _environment("WORLD_SIZE", 1)
-    say = _say if rank == 0 else _silent
-    say_here = _say if _environment("LOCAL_RANK", 0) == 0 else _silent  # once a machine
+    rank, world = starting.environment("RANK", 0), starting.environment("WORLD_SIZE", 1)
+    say = starting.say if rank == 0 else starting.silent
+    is_first_here = starting.environment("LOCAL_RANK", 0) == 0
+    say_here = starting.say if is_first_here else starting.silent  # once a machine
+    processes_here = starting.environment("LOCAL_WORLD_SIZE", 1)
     if options.batch % (world * options.accumulate):
         raise config.RecipeError(
             f"train.batch ({options.batch}) must be a multiple of processes ({world}) x "
             f"train.accumulate ({options.accumulate})"
         )
     batch = options.batch // world  # images of this process in an optimizer step
-    on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU") == "True"
+    on_cpu = starting.on_cpu()
     if options.sync_batchnorm and on_cpu:
         raise config.RecipeError("train.sync_batchnorm (true) needs GPUs: give false")
-    precision = mixed_precision(options.precision, on_cpu)
+    precision = starting.mixed_precision(options.precision, on_cpu, key="train.precision")
     unknown = set(options.trackers) - {name.value for name in get_available_trackers()}
     if unknown:
         raise config.RecipeError(
@@ -131,7 +132,8 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
     if recipe.demo:
         say("data.root is not given: the built-in images and the recipe's demo section are used")
         demo.render(say=say_here)
-    with _one_at_a_time(demo.cache()):  # the first process scans, the others find it in the cache
+    # The first process scans, the others find it in the cache.
+    with starting.one_at_a_time(demo.cache()):
         samples = recipe.data.module.list_samples(
             recipe.data.options, cache=demo.cache(), say=say_here
         )
@@ -164,13 +166,13 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
         "device": "cpu" if on_cpu else "gpu",
         "precision": precision,
     }
-    threads = recipe.loader.threads or threads_per_process(_environment("LOCAL_WORLD_SIZE", 1))
+    threads = recipe.loader.threads or threads_per_process(processes_here)
     loading = replace(recipe.loader, threads=threads)
     knn = head = None
     folder = probe.folder_of(recipe.probe, recipe.data.options)
     try:
         if folder is not None:
-            with _one_at_a_time(demo.cache()):
+            with starting.one_at_a_time(demo.cache()):
                 if "scores" in vars(recipe.objective.module.Objective):
                     head = _head_probe(recipe, samples.classes, folder, loading, say)
                 knn = probe.Knn(
@@ -239,11 +241,11 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
     until_the_end.callback(accelerator.end_training)
     device = accelerator.device
     if device.type == "cpu":  # launchers set OMP_NUM_THREADS=1, which leaves cores idle
-        torch.set_num_threads(threads_per_process(_environment("LOCAL_WORLD_SIZE", 1)))
+        torch.set_num_threads(threads_per_process(processes_here))
     assert (distributed.rank(), distributed.world()) == (rank, world), "launcher and group disagree"
     # Signals and states are agreed on over the CPU, so that no step waits for a GPU.
     control: Any = dist.new_group(backend="gloo") if world > 1 else None
-    start, of_first = _from_first((start, fingerprint), control)
+    start, of_first = distributed.object_from_first((start, fingerprint), control)
     if fingerprint != of_first:  # each machine lists its own copy of the images
         raise config.RecipeError(
             f"{samples.root} on {platform.node()} (rank {rank}) is not what rank 0 sees: "
@@ -274,7 +276,7 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
         seed=_stream(options.seed, rank),
         device=device,
         loading=loading,
-        say=_say,
+        say=starting.say,
     )
 
     # ---- Model on the device, and optimizer ----------------------------------------------------
@@ -318,7 +320,7 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
             (loss.cpu(), {k: v.cpu() for k, v in metrics.items()}) for loss, metrics in recent
         ]
         here = {"loader": loader.state(), "rng": checkpoint.rng_state(), "recent": pending}
-        ranks = _all_to_first(here, control)
+        ranks = distributed.objects_to_first(here, control)
         if rank != 0:
             return out
         state = {
@@ -385,7 +387,7 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
     )
     if start is not None:
         log.say(f"going on from {start} (step {step})")
-    stop = until_the_end.enter_context(_signals())
+    stop = until_the_end.enter_context(stopping.signals())
     if start is None:
         measure()
     tensors: dict[str, Tensor] = {}
@@ -478,9 +480,9 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
         if rank == 0:
             if "scores" in vars(recipe.objective.module.Objective):
                 classifier.save_head(out, objective.head, samples.classes)
-            export.save_backbone(out, backbone, recipe, step=step)
+            backbone_file.save_backbone(out, backbone, recipe, step=step)
             _last_words(out, log, "random network" if options.weights is None else "at the start")
-    return STOPPED if step < steps else 0
+    return stopping.STOPPED if step < steps else 0
 
 
 def _is_chance(line: dict[str, Any], answers: float) -> bool:
@@ -504,45 +506,6 @@ class Diverged(RuntimeError):
             f"train.clip or train.precision=fp32 may help. The last checkpoint is from before. "
             f"The batch: rows {listed} of the listing (the first is {path(rows[0])})"
         )
-
-
-class _Stop:
-    """Whether a signal has asked to stop."""
-
-    def __init__(self) -> None:
-        self.number = 0
-
-    @property
-    def name(self) -> str:
-        return signal.Signals(self.number).name if self.number else "another process"
-
-    def ask(self, number: int, _: object) -> None:
-        self.number = self.number or number
-
-    def agreed(self, control: "dist.ProcessGroup | None") -> bool:
-        """The same answer on every process: yes as soon as one was asked."""
-        if control is None:
-            return self.number != 0
-        asked = torch.tensor([self.number])
-        dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=control)
-        self.number = int(asked)
-        return self.number != 0
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[_Stop]:
-    """Turns SIGINT and SIGTERM into a wish that the loop looks at after each step.
-
-    A second one changes nothing: launchers repeat the signal, and it must not cut the last
-    checkpoint off.
-    """
-    stop = _Stop()
-    before = {number: signal.signal(number, stop.ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _is_about_the_disk(error: OSError) -> bool:
@@ -598,63 +561,9 @@ def _last_words(out: Path, log: journal.Journal, before: str) -> None:
     log.say(f"done: {out}/backbone.safetensors, {out}/backbone.json, {out}/metrics.jsonl")
 
 
-def mixed_precision(asked: str, on_cpu: bool) -> str:
-    """What Accelerate calls it; auto: bf16 on a GPU that has it, fp16 on others, else fp32."""
-    # Without emulation, which older GPUs offer and which is slow.
-    bf16 = not on_cpu and torch.cuda.is_bf16_supported(including_emulation=False)
-    if asked == "auto":
-        asked = "fp32" if on_cpu else "bf16" if bf16 else "fp16"
-    if asked == "fp16" and on_cpu:
-        raise config.RecipeError("train.precision (fp16) needs a GPU: give fp32, bf16 or auto")
-    return "no" if asked == "fp32" else asked
-
-
 def _stream(seed: int, rank: int) -> int:
     """A seed of its own for each process, in the 31 bits that DALI takes."""
     return int(np.random.SeedSequence((seed, rank)).generate_state(1)[0] >> 1)
-
-
-def _from_first(value: object, control: "dist.ProcessGroup | None") -> Any:
-    """Rank 0's value, on every process."""
-    if control is None:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0, group=control)
-    return box[0]
-
-
-def _all_to_first(value: object, control: "dist.ProcessGroup | None") -> list[Any]:
-    """Every process's value in rank order, on rank 0; elsewhere a list of nothing."""
-    if control is None:
-        return [value]
-    boxes: list[Any] = [None] * dist.get_world_size()
-    dist.gather_object(value, boxes if dist.get_rank() == 0 else None, dst=0, group=control)
-    return boxes
-
-
-@contextlib.contextmanager
-def _one_at_a_time(cache: Path) -> Iterator[None]:
-    """Processes of one machine, one after the other: the second finds the first one's work."""
-    with contextlib.ExitStack() as locked:
-        # Without a cache, or on a file system without locks, each does its own work.
-        with contextlib.suppress(OSError):
-            cache.mkdir(parents=True, exist_ok=True)
-            file = locked.enter_context((cache / ".lock").open("w"))
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _environment(name: str, default: int) -> int:
-    """What the launcher says before a process group exists."""
-    return int(os.environ.get(name, default))
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)
-
-
-def _silent(_: str) -> None:
-    pass
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from fastssl import config, export, representation
+from fastssl import backbone_file, config, representation
 from fastssl.config import RecipeError
 from fastssl.patch_network import Standardization
 from fastssl.recipe_text import did_you_mean
@@ -118,12 +118,12 @@ def _run_folder(path: Path) -> Trained:
                 "started it goes on from its last checkpoint"
             )
         raise RecipeError(f"{folder} is no run folder: it has no {_CARD}; give {WAYS}")
-    backbone = export.load_backbone(card_path)
+    backbone = backbone_file.load_backbone(card_path)
     return _of_card(folder.resolve().name, backbone, folder, card_path)
 
 
 def _of_card(name: str, backbone: nn.Module, folder: Path | None, card_path: Path) -> Trained:
-    card = _read_card(card_path)
+    card = backbone_file.read_card(card_path)
     _check_finite(backbone.state_dict(), str(card_path.parent))
     preprocessing = card.get("preprocessing", {})
     return Trained(
@@ -138,10 +138,6 @@ def _of_card(name: str, backbone: nn.Module, folder: Path | None, card_path: Pat
         preprocessing=(preprocessing.get("use", GRAPH), preprocessing.get("options", {})),
         standardize=representation.standardization(card.get("recipe")),
     )
-
-
-def _read_card(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))  # export.load_backbone has checked it
 
 
 def _lone(path: Path, given: dict[str, Any], ignore: tuple[str, ...]) -> Trained:
@@ -169,12 +165,12 @@ def _lone(path: Path, given: dict[str, Any], ignore: tuple[str, ...]) -> Trained
         described = f"{use}" + (f" ({given['name']})" if "name" in given else "")
         card = None
     elif card_path.exists():
-        card = export._card(card_path)
+        card = backbone_file.read_card(card_path)
         use, options = card["backbone"]["use"], card["backbone"]["options"]
-        backbone = export._build(card_path, **card["backbone"])
+        backbone = backbone_file.build(card_path, **card["backbone"])
         described = str(card_path)
         if not ignore and card.get("weights") == path.name:
-            backbone = export.load_backbone(card_path)  # by its checksum, too
+            backbone = backbone_file.load_backbone(card_path)  # by its checksum, too
     else:
         raise RecipeError(
             f"{path}: no {_CARD} lies beside it: say which network it is of, as "
@@ -216,7 +212,7 @@ def _random(
         run = f"random:{recipe.name}"
     elif path.is_dir() or path.name == _CARD:
         folder = path if path.is_dir() else path.parent
-        card = export._card(folder / _CARD)
+        card = backbone_file.read_card(folder / _CARD)
         use, options = card["backbone"]["use"], card["backbone"]["options"]
         standardize = representation.standardization(card.get("recipe"))
         described = card.get("preprocessing", {})
@@ -334,7 +330,7 @@ def _import(use: str) -> ModuleType:
 def _fit(path: Path, tensors: dict[str, Tensor], backbone: nn.Module, described: str) -> None:
     """Refuse weights that are not exactly the backbone's, naming the keys."""
     try:
-        export._fit(Path(described), path, tensors, backbone)
+        backbone_file.refuse_others(Path(described), path, tensors, backbone)
     except RecipeError as error:
         spare = sorted(tensors.keys() - backbone.state_dict().keys())
         missing = backbone.state_dict().keys() - tensors.keys()

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from fastssl import trained
+from fastssl import backbone_file, trained
 from fastssl.config import RecipeError
 
 
@@ -18,30 +18,15 @@ def load_into(backbone: nn.Module, run: str) -> str:
 
     Raises:
         RecipeError: there is no such run, or its weights are not exactly the backbone's: names
-            those that are missing, spare or of another shape.
+            those that are missing, unexpected or of another shape.
     """
     source = trained.load(run)
     tensors = source.backbone.state_dict()
-    wanted = {name: tuple(tensor.shape) for name, tensor in backbone.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    unlike = {
-        "it lacks": [name for name in wanted if name not in found],
-        "it has besides": [name for name in found if name not in wanted],
-        "of another shape": [
-            f"{name} {list(found[name])} for {list(wanted[name])}"
-            for name in wanted
-            if name in found and wanted[name] != found[name]
-        ],
-    }
-    told = [
-        f"{what}: {', '.join(names[:5])}" + (f" and {len(names) - 5} more" if names[5:] else "")
-        for what, names in unlike.items()
-        if names
-    ]
+    told = backbone_file.unlike(tensors, backbone)
     if told:
         options = ", ".join(f"{key}: {value}" for key, value in source.options.items())
         raise RecipeError(
-            f"train.weights ({run}) are not those of this recipe's backbone; {'; '.join(told)}. "
+            f"train.weights ({run}) are not those of this recipe's backbone; {told}. "
             f"They are of {source.use} ({options}): give the backbone section the same, or start "
             "with fastssl/finetune.py, which takes it over"
         )

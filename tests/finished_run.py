@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import torch
 
-from fastssl import export, trained
+from fastssl import backbone_file, trained
 from fastssl.config import Part
 from pipelines import evaluation
 
@@ -29,5 +29,5 @@ def a_run(folder, module, options, graph=evaluation, recipe=RECIPE, **sizes) -> 
         evaluation=Part(graph.__name__, graph, graph.Options(**sizes)),
         values=recipe,
     )
-    export.save_backbone(folder, backbone, as_run, step=160)  # pyright: ignore[reportArgumentType]
+    backbone_file.save_backbone(folder, backbone, as_run, step=160)  # pyright: ignore[reportArgumentType]
     return trained.load(str(folder))

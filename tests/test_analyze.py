@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from fastssl import checkpoint, config, evaluate, export, journal, loader
+from fastssl import backbone_file, checkpoint, config, evaluate, journal, loader
 from fastssl.analysis import invariance, transforms
 from fastssl.config import Part
 from pipelines import pirl_jigsaw, pirl_rotation
@@ -52,7 +52,7 @@ def finish(recipe: Path, data: Path, out: Path, arguments: list[str], accuracy: 
     )
     state = {"step": STEP, "objective": objective.state_dict()}
     checkpoint.save(out / "checkpoints", STEP, state, keep=1)
-    export.save_backbone(out, backbone, made, step=STEP)
+    backbone_file.save_backbone(out, backbone, made, step=STEP)
     knn = {"step": STEP, "probe": "knn", "accuracy": accuracy, "neighbours": 4}
     lines = [{"step": STEP, "accuracy": accuracy}, knn]
     (out / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastssl import config, evaluate, export, journal
+from fastssl import backbone_file, config, evaluate, journal
 from fastssl.evaluation_task import Table
 from tests import few_images
 
@@ -30,7 +30,7 @@ def finished(tmp_path_factory, recipe) -> Path:
     folder.mkdir()
     torch.manual_seed(0)
     backbone = made.backbone.module.backbone(made.backbone.options)
-    export.save_backbone(folder, backbone, made, step=15)
+    backbone_file.save_backbone(folder, backbone, made, step=15)
     (folder / "metrics.jsonl").write_text('{"step": 15, "loss": 1.0}\n')
     return folder
 

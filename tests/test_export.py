@@ -15,7 +15,7 @@ from torch import nn
 from torchvision.models import resnet18
 
 import fastssl
-from fastssl import checkpoint, export
+from fastssl import backbone_file, checkpoint
 from fastssl.backbones import resnet
 from fastssl.config import Part, RecipeError
 from pipelines import evaluation
@@ -74,7 +74,7 @@ def tiny(tmp_path, monkeypatch):
     options = module.Options(widths=(2, 3))
     run = tmp_path / "run"
     recipe = a_recipe(module, "tiny_backbone", options)
-    export.save_backbone(run, module.backbone(options), recipe, step=7)
+    backbone_file.save_backbone(run, module.backbone(options), recipe, step=7)
     return run
 
 
@@ -101,12 +101,14 @@ def a_trained_resnet18() -> tuple[resnet.Options, nn.Module, torch.Tensor]:
 def test_features_are_the_same_bit_for_bit_after_loading(tmp_path):
     options, backbone, images = a_trained_resnet18()
     recipe = a_recipe(resnet, "fastssl.backbones.resnet", options)
-    export.save_backbone(tmp_path, backbone, recipe, step=800)
+    backbone_file.save_backbone(tmp_path, backbone, recipe, step=800)
     backbone.eval()
     with torch.no_grad():
         wanted = backbone(images)
         before = torch.get_rng_state()
-        loaded = [export.load_backbone(path) for path in (tmp_path, tmp_path / "backbone.json")]
+        loaded = [
+            backbone_file.load_backbone(path) for path in (tmp_path, tmp_path / "backbone.json")
+        ]
         after = torch.get_rng_state()
         found = [each(images) for each in loaded]
 
@@ -118,7 +120,7 @@ def test_features_are_the_same_bit_for_bit_after_loading(tmp_path):
 def test_torchvision_takes_the_weights_and_misses_its_classifier_only(tmp_path):
     options, backbone, _ = a_trained_resnet18()
     recipe = a_recipe(resnet, "fastssl.backbones.resnet", options)
-    export.save_backbone(tmp_path, backbone, recipe, step=800)
+    backbone_file.save_backbone(tmp_path, backbone, recipe, step=800)
     weights = safetensors.torch.load_file(tmp_path / "backbone.safetensors")
     keys = resnet18().load_state_dict(weights, strict=False)
 
@@ -133,7 +135,7 @@ def test_weights_are_plain_float32_whatever_the_training_used(tmp_path):
         if parameter.ndim == 4:
             parameter.data = parameter.data.to(memory_format=torch.channels_last)
     recipe = a_recipe(resnet, "fastssl.backbones.resnet", options)
-    export.save_backbone(tmp_path, backbone, recipe, step=800)
+    backbone_file.save_backbone(tmp_path, backbone, recipe, step=800)
     weights = safetensors.torch.load_file(tmp_path / "backbone.safetensors")
 
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32, torch.int64}
@@ -166,19 +168,19 @@ def test_the_card_says_how_to_build_the_network_and_prepare_an_image(tiny):
 
 
 def test_a_backbone_of_any_importable_module_comes_back_with_its_tuples(tiny):
-    loaded = export.load_backbone(tiny)
+    loaded = backbone_file.load_backbone(tiny)
 
     assert loaded(torch.zeros(1, 3, 4, 4)).shape == (1, 5)
 
 
 def test_the_card_comes_last_so_that_it_marks_a_finished_run(tiny):
     recipe = a_recipe(evaluation, "anything", evaluation.Options())
-    backbone = export.load_backbone(tiny)
+    backbone = backbone_file.load_backbone(tiny)
     folder = tiny.parent / "blocked"
     (folder / "backbone.safetensors").mkdir(parents=True)  # the weights cannot be written
 
     with pytest.raises(checkpoint.CheckpointError, match="safetensors could not be written"):
-        export.save_backbone(folder, backbone, recipe, step=1)
+        backbone_file.save_backbone(folder, backbone, recipe, step=1)
     assert [path.name for path in folder.iterdir()] == ["backbone.safetensors"]
 
 
@@ -189,14 +191,14 @@ def test_weights_that_are_damaged_or_cut_short_are_noticed(tiny):
     for damaged in (whole[:-1], whole[:8], b"", whole[:-1] + bytes([whole[-1] ^ 1])):
         path.write_bytes(damaged)
         with pytest.raises(RecipeError, match=r"backbone.safetensors is damaged, cut short or ano"):
-            export.load_backbone(tiny)
+            backbone_file.load_backbone(tiny)
 
 
 def test_weights_that_are_no_safetensors_are_named(tiny):
     reweigh(tiny, b"PK\x03\x04 a pickle, perhaps")
 
     with pytest.raises(RecipeError, match=r"backbone.safetensors is no safetensors file"):
-        export.load_backbone(tiny)
+        backbone_file.load_backbone(tiny)
 
 
 @pytest.mark.parametrize("missing", ["backbone.safetensors", "backbone.json"])
@@ -204,7 +206,7 @@ def test_a_missing_file_is_named(tiny, missing):
     (tiny / missing).unlink()
 
     with pytest.raises(RecipeError, match=f"{missing} cannot be read: No such file or directory"):
-        export.load_backbone(tiny)
+        backbone_file.load_backbone(tiny)
 
 
 @pytest.mark.parametrize(
@@ -215,7 +217,7 @@ def test_a_card_that_cannot_be_read_is_named(tiny, text, message):
     (tiny / "backbone.json").write_text(text)
 
     with pytest.raises(RecipeError, match=f"backbone.json {message}"):
-        export.load_backbone(tiny)
+        backbone_file.load_backbone(tiny)
 
 
 def test_weights_of_another_network_are_refused_by_their_keys(tiny):
@@ -223,7 +225,7 @@ def test_weights_of_another_network_are_refused_by_their_keys(tiny):
     reweigh(tiny, safetensors.torch.save(weights))
 
     with pytest.raises(RecipeError, match=r"does not fit the backbone of backbone.json") as error:
-        export.load_backbone(tiny)
+        backbone_file.load_backbone(tiny)
     assert str(error.value).split("; ")[1:] == [
         "missing: layers.0.bias, layers.1.bias, layers.1.weight",
         "unexpected: layers.7.weight",
@@ -235,7 +237,7 @@ def test_of_many_keys_the_first_few_are_named(tiny):
     reweigh(tiny, safetensors.torch.save({f"x{n}": torch.zeros(1) for n in range(8)}))
 
     with pytest.raises(RecipeError, match="unexpected: x0, x1, x2, x3, x4 and 3 more"):
-        export.load_backbone(tiny)
+        backbone_file.load_backbone(tiny)
 
 
 @pytest.mark.parametrize("use", ["no_such_backbone", "fastssl.backbones.no_such"])
@@ -243,7 +245,7 @@ def test_a_module_that_is_not_installed_is_named(tiny, use):
     rewrite(tiny, backbone={"use": use, "options": {}})
 
     with pytest.raises(RecipeError, match=f"there is no module {use}: install what holds it"):
-        export.load_backbone(tiny)
+        backbone_file.load_backbone(tiny)
 
 
 def test_an_import_error_within_the_module_is_not_hidden(tiny):
@@ -251,7 +253,7 @@ def test_an_import_error_within_the_module_is_not_hidden(tiny):
     rewrite(tiny, backbone={"use": "broken_backbone", "options": {}})
 
     with pytest.raises(ModuleNotFoundError, match="not_installed_anywhere"):
-        export.load_backbone(tiny)
+        backbone_file.load_backbone(tiny)
 
 
 @pytest.mark.parametrize(
@@ -266,4 +268,4 @@ def test_options_that_the_module_does_not_take_are_named(tiny, use, options, rea
     rewrite(tiny, backbone={"use": use, "options": options})
 
     with pytest.raises(RecipeError, match=f"{use} of this version cannot build it .*{reason}"):
-        export.load_backbone(tiny)
+        backbone_file.load_backbone(tiny)

@@ -7,7 +7,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from fastssl import export, export_formats, trained
+from fastssl import backbone_file, export, export_formats, trained
 from fastssl.backbones import resnet
 from tests.finished_run import a_run
 
@@ -28,7 +28,7 @@ def test_the_command_exports_a_run_also_as_a_script(small, tmp_path, checkout, e
     assert (done.returncode, done.stderr) == (0, "")
     assert "safetensors: reloaded strictly; features of" in done.stdout
     assert f"{out}/backbone.safetensors" in done.stdout
-    assert export.load_backbone(out).dim == 64
+    assert backbone_file.load_backbone(out).dim == 64
 
 
 def test_a_lone_file_of_torchvisions_weights_is_exported_when_its_network_is_named(

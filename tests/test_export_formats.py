@@ -14,7 +14,7 @@ from timm.data.config import resolve_model_data_config
 from torch import nn
 from torchvision.transforms import v2
 
-from fastssl import export, export_formats, patch_network, trained
+from fastssl import backbone_file, export_formats, patch_network, trained
 from fastssl.backbones import named, nin, resnet
 from fastssl.config import RecipeError
 from pipelines import evaluation_patches
@@ -82,7 +82,7 @@ def test_a_format_holds_the_network_its_sums_and_a_card(small, images, tmp_path,
     sums = dict(line.split("  ")[::-1] for line in (folder / "SHA256SUMS").read_text().splitlines())
     files = {path.name for path in folder.iterdir()}
     if to == "safetensors":
-        found = features(export.load_backbone(folder), images)
+        found = features(backbone_file.load_backbone(folder), images)
     else:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", r"`torch\.jit", FutureWarning)  # 2.15 deprecates it

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from fastssl import checkpoint, classifier, config, export, finetune, journal, train
+from fastssl import backbone_file, checkpoint, classifier, config, finetune, journal, train
 from fastssl.backbones import resnet
 from fastssl.objectives import finetune as objectives
 from pipelines.readers import folder
@@ -260,7 +260,7 @@ def test_backbone_and_evaluation_are_those_of_the_run(data, tmp_path, checkout):
     sections = ["backbone.name=resnet10", "backbone.width=8", "backbone.stem=small"]
     sizes = ["evaluation.resize=40", "evaluation.crop=32", f"data.root={data / 'train'}"]
     written = config.load(checkout / "recipes" / "supervised.yaml", [*sections, *sizes])
-    export.save_backbone(run, made, written, step=3)
+    backbone_file.save_backbone(run, made, written, step=3)
     given = [f"train.weights={run}", f"data.root={data / 'train'}"]
     path = str(checkout / "recipes" / "finetune.yaml")
     recipe = finetune.load(path, given)

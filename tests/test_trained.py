@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torchvision.models import list_models
 
-from fastssl import config, export, trained
+from fastssl import backbone_file, config, trained
 from fastssl.backbones import resnet
 from fastssl.config import RecipeError
 
@@ -26,7 +26,7 @@ def finished(tmp_path_factory, checkout) -> Path:
     folder.mkdir()
     torch.manual_seed(3)
     backbone = recipe.backbone.module.backbone(recipe.backbone.options)
-    export.save_backbone(folder, backbone, recipe, step=400)
+    backbone_file.save_backbone(folder, backbone, recipe, step=400)
     return folder
 
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import signal
 import time
 import warnings
 from collections.abc import Callable
@@ -17,11 +16,10 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastssl import checkpoint, distributed, journal
+from fastssl import checkpoint, distributed, journal, stopping
 from fastssl.detection.detector import Detector
 from fastssl.loader import Loader
 
-STOPPED = 75  # exit code: stopped by a signal after a checkpoint, as train.py's
 FIRST = 0.001  # of the learning rate, where warm-up begins: Detectron2's WARMUP_FACTOR
 
 
@@ -88,7 +86,7 @@ def train(
         model, optimizer = accelerator.prepare(detector, optimizer)
     set_seed((seed * 1_000_003 + rank) % 2**31)  # regions are sampled: not alike everywhere
     step = 0
-    latest = _from_first(checkpoint.latest(folder / "checkpoints"), control)
+    latest = distributed.object_from_first(checkpoint.latest(folder / "checkpoints"), control)
     if latest is not None:
         saved = checkpoint.load(latest)
         _refuse_others(latest, saved["settings"], settings)
@@ -104,7 +102,8 @@ def train(
         _cut_back(folder, step)
 
     def save() -> None:
-        ranks = _all_to_first({"loader": loader.state(), "rng": checkpoint.rng_state()}, control)
+        here = {"loader": loader.state(), "rng": checkpoint.rng_state()}
+        ranks = distributed.objects_to_first(here, control)
         if rank == 0:
             state = {
                 "step": step,
@@ -119,7 +118,7 @@ def train(
     recent: list[dict[str, Tensor]] = []
     began, begun_at, saved_at = time.perf_counter(), step, step
     model.train()
-    with _Stop() as stop:
+    with stopping.signals() as stop:
         while step < schedule.steps and not stop.agreed(control):
             lr = schedule.rate(step)
             for group in optimizer.param_groups:
@@ -160,7 +159,7 @@ def train(
         if control is not None:
             dist.barrier(group=control)  # a process that ends early has its launcher end the others
         say(f"detect: stopped at step {step}; the same command goes on from {folder}")
-        raise SystemExit(STOPPED)
+        raise SystemExit(stopping.STOPPED)
 
 
 def _optimizer(detector: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:
@@ -213,48 +212,3 @@ def _cut_back(folder: Path, step: int) -> None:
 def _write(folder: Path, line: dict[str, Any]) -> None:
     with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
-
-
-def _from_first(value: object, control: Any) -> Any:
-    """Rank 0's value, on every process."""
-    if control is None:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0, group=control)
-    return box[0]
-
-
-def _all_to_first(value: object, control: Any) -> list[Any]:
-    """Every process's value in rank order, on rank 0; elsewhere a list of nothing."""
-    if control is None:
-        return [value]
-    boxes: list[Any] = [None] * dist.get_world_size()
-    dist.gather_object(value, boxes if dist.get_rank() == 0 else None, dst=0, group=control)
-    return boxes
-
-
-class _Stop:
-    """SIGINT and SIGTERM as a wish that the loop looks at after each step."""
-
-    def __init__(self) -> None:
-        self._asked = False
-
-    def __enter__(self) -> "_Stop":
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        self._before = {number: signal.signal(number, self._ask) for number in numbers}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, frame: object) -> None:
-        self._asked = True
-
-    def agreed(self, control: Any) -> bool:
-        """The same answer on every process: yes as soon as one was asked."""
-        if control is not None:
-            asked = torch.tensor([self._asked], dtype=torch.int32)
-            dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=control)
-            self._asked = bool(asked)
-        return self._asked

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from fastssl import demo, labelled, probe, starting, sweeping
+from fastssl import demo, labelled, probe, starting, stopping, sweeping
 from fastssl.config import RecipeError
 from fastssl.evaluation_task import Cell, Table
 from fastssl.recipe_check import check, make, schema_of_settings
@@ -123,7 +123,7 @@ def command(arguments: Sequence[str]) -> tuple[int, Table | None]:
             outcome = _run(point, options, runner, f"{number} of {len(points)}", for_probe, known)
             if runner.stopped or outcome is None:
                 starting.say("sweep: stopped; the same command goes on from there")
-                return sweeping.STOPPED, table
+                return stopping.STOPPED, table
             if outcome.failed is None and options.probe == "linear":
                 if random is None:
                     random = _linear(f"random:{point.folder}", point, runner, for_probe, out, known)
@@ -197,7 +197,7 @@ def _run(
     if not sweeping.is_finished(point):
         starting.say(f"sweep: run {place}: {point.name}")
         code, reason = sweeping.train(point, runner, processes=options.processes)
-        if code == sweeping.STOPPED:
+        if code == stopping.STOPPED:
             return None
         if code or not sweeping.is_finished(point):
             return Outcome(point, f"train.py ended with {code}: {reason}")
