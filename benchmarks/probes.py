@@ -5,7 +5,8 @@
 RUNs are run folders; those whose names differ in a last -0, -1, ... are seeds of one thing. For
 each: weighted kNN, logistic regression by L-BFGS at every depth, an MLP on the last one, and
 logistic regression on few labels, all by fastssl/evaluate.py, whose keys may follow (data.root=...,
-without: the built-in images). --random adds the first RUN's network with fresh weights.
+without: the built-in images; linear.* is for L-BFGS, mlp.* for the MLP). --random adds the first
+RUN's network with fresh weights.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from fastssl import journal
 
 HELP = "what trained backbones are good for: every probe on many runs, spread over seeds"
 CHECKOUT = Path(__file__).resolve().parents[1]
-FEW = "fewlabels.per_class"
+COMMON = ("data", "evaluation", "loader", "features", "evaluate")  # sections that all commands take
 # What is asked of evaluate.py for one column, or one for each depth.
 PROBES = {
     "knn": ("knn", "knn.neighbours=[20]", "knn.temperature=[0.07]"),
@@ -43,19 +44,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--random", type=int, default=0, metavar="N", help="seeds of the first RUN's network"
     )
-    parser.add_argument(
-        "--few",
-        default="[5,20]",
-        metavar="[K,...]",
-        help="few labels: images of each class (default: [5,20])",
-    )
-    parser.add_argument(
-        "--mlp-epochs",
-        type=int,
-        default=180,
-        metavar="N",
-        help="of the MLP (default: 180, as Kolesnikov et al. have it)",
-    )
     method.add_output(parser)
 
 
@@ -68,20 +56,16 @@ def main(arguments: argparse.Namespace) -> int:
             raise ValueError(f"{run} is no finished run folder: it has no backbone.json")
     if arguments.random and not runs:
         raise ValueError("--random takes its network from the first RUN: name one")
-    asked = {
-        name: [*command, *([f"linear.epochs={arguments.mlp_epochs}"] if name == "mlp" else [])]
-        for name, command in PROBES.items()
-    }
-    asked["few labels"].append(f"{FEW}={arguments.few}")
+    asked = {name: [*command, *keys_of(name, overrides)] for name, command in PROBES.items()}
     values: dict[str, dict[str, list[float]]] = {}  # of which network -> column -> one a seed
     with tempfile.TemporaryDirectory() as folder:
         for name, command in asked.items():
             for seed in range(arguments.random):
                 out = Path(folder) / f"{name}-{seed}"
-                evaluate([*command, f"random:{runs[0]}", f"seed={seed}", f"out={out}", *overrides])
+                evaluate([*command, f"random:{runs[0]}", f"seed={seed}", f"out={out}"])
                 _add(values, "random", name, journal.read(out))
             before = {run: len(journal.read(run)) for run in runs}
-            evaluate([*command, *map(str, runs), *overrides])
+            evaluate([*command, *map(str, runs)])
             for run in runs:
                 lines = journal.read(run)[before[run] :]
                 _add(values, network_of(run), name, lines)
@@ -108,6 +92,19 @@ def evaluate(command: Sequence[str]) -> None:
     done = subprocess.run([sys.executable, "-m", "fastssl.evaluate", *command], cwd=CHECKOUT)
     if done.returncode:
         raise ValueError(f"fastssl.evaluate {command[0]} ended with {done.returncode}: see above")
+
+
+def keys_of(name: str, overrides: Sequence[str]) -> list[str]:
+    """Of `overrides`, those that a probe takes, as evaluate.py calls them."""
+    own = {"knn": "knn", "linear": "linear", "mlp": "mlp", "few labels": "fewlabels"}[name]
+    keys = []
+    for override in overrides:
+        section = override.partition(".")[0]
+        if section not in (*COMMON, "knn", "linear", "mlp", "fewlabels"):
+            raise ValueError(f"{override}: no probe has a section {section!r}")
+        if section in (*COMMON, own):
+            keys.append(f"linear{override[3:]}" if section == "mlp" else override)
+    return keys
 
 
 def network_of(run: Path) -> str:
@@ -144,7 +141,7 @@ def _add(
         if name == "linear":
             column = f"linear {line['stage']}"
         elif name == "few labels":
-            column = f"{line['per_class']} a class"
+            column = f"{line['labels']} of labels"
         values.setdefault(network, {}).setdefault(column, []).append(line["accuracy"])
 
 
