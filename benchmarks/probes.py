@@ -29,8 +29,8 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 COMMON = ("data", "evaluation", "loader", "features", "evaluate")  # sections that all commands take
 # What is asked of evaluate.py for one column, or one for each depth.
 PROBES = {
+    "linear": ("linear",),  # first: it asks for every depth, the others find theirs among them
     "knn": ("knn", "knn.neighbours=[20]", "knn.temperature=[0.07]"),
-    "linear": ("linear",),
     "mlp": ("linear", "linear.protocol=mlp", "features.stages=[last]"),
     "few labels": ("fewlabels", "fewlabels.method=[linear]", "features.stages=[last]"),
 }

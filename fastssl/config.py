@@ -8,10 +8,11 @@ the section has `use:`, that names the module. The last of these wins: defaults,
 `demo:` section (only while no data.root is given), the command line.
 """
 
+import importlib
 import inspect
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -202,8 +203,34 @@ def dump(recipe: Recipe) -> str:
     return "\n".join(lines) + "\n"
 
 
+def defaults(values: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What this version takes for a key that is not written, by dotted key, in plain YAML types.
+
+    Args:
+        values: of a recipe that has been loaded: they say which modules' defaults.
+    """
+    found = {}
+    for section, keys in values.items():
+        if section in SETTINGS:
+            options: Any = SETTINGS[section]
+        elif "use" in keys:
+            options = importlib.import_module(keys["use"]).Options
+        else:
+            continue
+        for field in fields(options):
+            if field.default is not MISSING:
+                found[f"{section}.{field.name}"] = _plain(field.default)
+            elif field.default_factory is not MISSING:
+                found[f"{section}.{field.name}"] = _plain(field.default_factory())
+    return found
+
+
 def differences(
-    there: dict[str, dict[str, Any]], here: dict[str, dict[str, Any]], free: Iterable[str] = ()
+    there: dict[str, dict[str, Any]],
+    here: dict[str, dict[str, Any]],
+    free: Iterable[str] = (),
+    *,
+    unsaid: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """What differs between two recipes' `values`, as "optim.lr: 0.1 there, 0.2 here".
 
@@ -211,8 +238,11 @@ def differences(
         there: those of the saved run.
         here: those of this run.
         free: dotted keys that may differ, such as FREE_ON_RESUME.
+        unsaid: what holds for keys that `there` lacks, such as `defaults(here)`: a run may be older
+            than a key. Without, a key that one of them lacks is a difference.
     """
     then, now = _dotted(there), _dotted(here)
+    then |= {key: value for key, value in (unsaid or {}).items() if key in now.keys() - then.keys()}
     return [
         f"{key}: {in_yaml(then[key]) if key in then else 'missing'} there,"
         f" {in_yaml(now[key]) if key in now else 'missing'} here"

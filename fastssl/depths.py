@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Pixels a side of the image it is found by: small, else that of networks for one size only.
-_SIDES = (64, 224)
+# Pixels a side of the image it is found by: small, else larger, as some networks need.
+_SIDES = (64, 96, 128, 160, 192, 224, 240, 256, 288, 299, 384)
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,11 @@ class Depths:
 def depths(backbone: nn.Module) -> Depths:
     """Runs the backbone once on the device that it is on; it is left as it was.
 
-    What no stage depends on counts as part of the last.
+    What no stage depends on counts as part of the last. So do the parameters behind the last map,
+    as a vision transformer's norm: training these alone is no stage of a network.
 
     Raises:
-        ValueError: it has no parameters, or takes no image of 64 or 224 pixels a side.
+        ValueError: it has no parameters, or takes none of the images tried.
     """
     parameters = dict(backbone.named_parameters())
     if not parameters:
@@ -55,6 +56,9 @@ def depths(backbone: nn.Module) -> Depths:
     last = max(of_tensor.get(id(each), 0) for each in parameters.values())
     found = {name: of_tensor.get(id(each), last) for name, each in parameters.items()}
     here = sorted(set(found.values()))
+    shapes = [output.ndim for output in outputs.values()]
+    if len(here) > 1 and here[-1] == len(shapes) - 1 and shapes[-1] != 4 and 4 in shapes:
+        here.pop()
     stages = tuple(name for number, name in enumerate(outputs) if number in here)
 
     def position(depth: int) -> int:
@@ -70,6 +74,26 @@ def depths(backbone: nn.Module) -> Depths:
         for name, each in every.items()
     }
     return Depths(stages, {name: position(depth) for name, depth in found.items()}, modules)
+
+
+def learning(objective: nn.Module) -> str:
+    """What a run says of it: how many parameters learn, and in which of the backbone's stages.
+
+    Args:
+        objective: a module with a `backbone`, whose other parameters are heads.
+    """
+    backbone = objective.get_submodule("backbone")
+    parameters = dict(backbone.named_parameters())
+    every = sum(each.numel() for each in parameters.values())
+    taught = {name: each.numel() for name, each in parameters.items() if each.requires_grad}
+    count = sum(taught.values())
+    heads = sum(each.numel() for each in objective.parameters() if each.requires_grad) - count
+    where = ""
+    if 0 < len(taught) < len(parameters):
+        found = depths(backbone)
+        numbers = sorted({found.parameters[name] for name in taught})
+        where = f" ({', '.join(found.stages[number] for number in numbers)})"
+    return f"learning: {count:,} of the backbone's {every:,} parameters{where}, {heads:,} of heads"
 
 
 @contextlib.contextmanager
@@ -90,7 +114,8 @@ def _as_for_gradients(backbone: nn.Module) -> Iterator[None]:
 def _run(backbone: Any, like: Tensor) -> dict[str, Tensor]:
     """The output of every stage for a grey image."""
     refused: Exception | None = None
-    for side in _SIDES:
+    sides = _sides(backbone)
+    for side in sides:
         image = torch.zeros(1, 3, side, side, dtype=like.dtype, device=like.device)
         try:
             with torch.enable_grad():
@@ -99,8 +124,17 @@ def _run(backbone: Any, like: Tensor) -> dict[str, Tensor]:
             refused = error
     raise ValueError(
         f"the stages of {type(backbone).__name__} can't be told apart: it takes no image of "
-        f"{' or '.join(map(str, _SIDES))} pixels a side ({refused})"
+        f"{', '.join(map(str, sides))} pixels a side ({refused})"
     )
+
+
+def _sides(backbone: nn.Module) -> tuple[int, ...]:
+    """What to try: the network's own size, where it takes no other."""
+    from fastssl.backbones import named  # noqa: PLC0415  # torchvision's models: a second
+
+    if isinstance(backbone, named.Backbone) and backbone.image_size is not None:
+        return (backbone.image_size,)
+    return _SIDES
 
 
 def _walk(outputs: Iterable[Tensor]) -> tuple[dict[Any, int], list[tuple[Tensor, int]]]:

@@ -13,10 +13,11 @@ import contextlib
 import dataclasses
 import importlib
 import os
+import platform
 import re
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +28,7 @@ if not __package__:  # run as a script: let imports start at the checkout, not i
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
+import torch.distributed as dist
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -86,15 +88,29 @@ def main(arguments: Sequence[str]) -> int:
                 show(table)
             return code
         with contextlib.ExitStack() as until_the_end:
-            return evaluate(asked[0], asked[1:], until_the_end)
+            try:
+                return evaluate(asked[0], asked[1:], until_the_end)
+            except (ValueError, OSError) as error:  # while the process group is there
+                return failed(error)
     except (ValueError, OSError) as error:
-        # Every process meets the same mistake: the first one tells it.
-        if starting.environment("RANK", 0) == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2 if isinstance(error, ValueError) else 1
+        return failed(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def failed(error: ValueError | OSError) -> int:
+    """Tells a mistake once a machine; returns the exit code.
+
+    The processes of a machine meet the same, and its first one tells it; but once they work
+    together, a file or a disk may fail for one of them alone.
+    """
+    rank = starting.environment("RANK", 0)
+    is_own = isinstance(error, loader.DataError | OSError) and dist.is_initialized()
+    if starting.environment("LOCAL_RANK", 0) == 0 or is_own:
+        where = f" (rank {rank} on {platform.node()})" if rank else ""
+        print(f"error{where}: {error}", file=sys.stderr, flush=True)
+    return 2 if isinstance(error, ValueError) else 1
 
 
 def evaluate(what: str, arguments: Sequence[str], until_the_end: contextlib.ExitStack) -> int:
@@ -132,6 +148,8 @@ def evaluate(what: str, arguments: Sequence[str], until_the_end: contextlib.Exit
         for name in names
     )
     graphs = [_graph(run, settings["evaluation"]) for run in runs]
+    for run, graph in zip(runs, graphs, strict=True):
+        _say_what_is_assumed(run, graph, settings["evaluation"], say)
 
     # ---- Devices and processes ----------------------------------------------------------------
     accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision)
@@ -143,27 +161,29 @@ def evaluate(what: str, arguments: Sequence[str], until_the_end: contextlib.Exit
 
     # ---- Each RUN -----------------------------------------------------------------------------
     table: Table | None = None
-    for run, graph in zip(runs, graphs, strict=True):
-        set_seed(options.seed)
-        task = Task(
-            trained=run,
-            accelerator=accelerator,
-            reader=reader,
-            demo=is_demo,
-            graph=graph,
-            loading=loading,
-            features=settings["features"],
-            cache=demo.cache(),
-            out=_out(options, run, runs),
-            seed=options.seed,
-            say=say,
-            runs=runs,
-        )
-        table = joined(table, module.evaluate(task, settings[what]), run)
-        run.backbone.cpu()  # room for the next
-        accelerator.wait_for_everyone()
-    if distributed.rank() == 0 and table is not None:
-        show(table)
+    try:
+        for run, graph in zip(runs, graphs, strict=True):
+            set_seed(options.seed)
+            task = Task(
+                trained=run,
+                accelerator=accelerator,
+                reader=reader,
+                demo=is_demo,
+                graph=graph,
+                loading=loading,
+                features=settings["features"],
+                cache=demo.cache(),
+                out=_out(options, run, runs),
+                seed=options.seed,
+                say=say,
+                runs=runs,
+            )
+            table = joined(table, module.evaluate(task, settings[what]), run)
+            run.backbone.cpu()  # room for the next
+            accelerator.wait_for_everyone()
+    finally:  # what earlier RUNs gave is shown where a later one fails
+        if distributed.rank() == 0 and table is not None:
+            show(table)
     return 0
 
 
@@ -251,6 +271,12 @@ def _read(what: str, module: Any, arguments: Sequence[str]) -> tuple[list[str], 
     made["backbone"] = _backbone(entries["backbone"], errors)
     if not names:
         errors.append(f"{what}: no RUN; {trained.WAYS}")
+    places = [os.path.realpath(os.path.expanduser(name)) for name in names]
+    errors += [
+        f"{what}: RUN {name} is given twice: leave one out"
+        for number, name in enumerate(names)
+        if places[number] in places[:number]
+    ]
     if errors:
         raise RecipeError("\n".join(dict.fromkeys(errors)))
     return names, made
@@ -308,6 +334,21 @@ def _graph(run: Trained, entries: dict[str, Entry]) -> Part:
         raise RecipeError(f"{run.name}: evaluation: {error}") from error
 
 
+def _say_what_is_assumed(
+    run: Trained, graph: Part, entries: dict[str, Entry], say: Callable[[str], None]
+) -> None:
+    """Where neither RUN nor command line says how images are prepared."""
+    if run.preprocessing[1] or "use" in entries:
+        return
+    assumed = {key: v for key, v in asdict(graph.options).items() if key not in entries}
+    if assumed:
+        values = ", ".join(f"{key} {value}" for key, value in assumed.items())
+        say(
+            f"{run.name}: nothing says how its images were prepared: {values} assumed; else give "
+            f"evaluation.{next(iter(assumed))}=..."
+        )
+
+
 def _part(schema: Schema, options: Any) -> Part:
     assert schema.module is not None, "schema_of_part gives the module"
     return Part(schema.name, schema.module, options)
@@ -320,7 +361,8 @@ def _entry(place: str, text: str) -> Entry:
 def _out(options: Options, run: Trained, runs: Sequence[Trained]) -> Path:
     plain = re.sub(r"[^\w.-]+", "-", run.name)
     if options.out is not None:
-        return Path(options.out) / plain if len(runs) > 1 else Path(options.out)
+        out = Path(options.out).expanduser()
+        return out / plain if len(runs) > 1 else out
     return Path("evaluations") / plain if run.folder is None else run.folder / "evaluations"
 
 

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -66,20 +66,27 @@ class Task:
                 )
         return self._splits
 
-    def extract(self, split: Split, options: FeatureOptions | None = None) -> Features:
+    def extract(
+        self,
+        split: Split,
+        options: FeatureOptions | None = None,
+        *,
+        key: str = "features.stages",
+    ) -> Features:
         """The features of a split, by the graph of the task; all processes call it together.
 
         Args:
             split: of `splits()`, or another with the same reader.
             options: others than the section `features`, such as fewer stages.
+            key: what the user calls the stages, where an unknown one is to be blamed.
 
         Raises:
             ValueError: see `features.extract`.
         """
         options = self.features if options is None else options
-        key = f"{split.name} {split.samples.fingerprint} {hash(split.rows.tobytes())} {options}"
-        if key not in self._features:
-            self._features[key] = features.extract(
+        known = f"{split.name} {split.samples.fingerprint} {hash(split.rows.tobytes())} {options}"
+        if known not in self._features:
+            self._features[known] = features.extract(
                 self.trained,
                 split,
                 self.graph,
@@ -88,11 +95,15 @@ class Task:
                 accelerator=self.accelerator,
                 cache=self.cache,
                 say=self.say,
+                key=key,
             )
-        return self._features[key]
+        return self._features[known]
 
     def log(self, probe: str, values: Mapping[str, Any]) -> None:
         """Adds a probe's line to metrics.jsonl: of the run folder, else of `out`.
+
+        On what it was measured is said in each, `conditions`.
+        Where the file can't be written a warning is said, and the result is not lost.
 
         Args:
             probe: "linear", "knn", ...
@@ -101,21 +112,42 @@ class Task:
         if distributed.rank() != 0:
             return
         folder = self.trained.folder or self.out
-        folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
-        line = json.dumps({"step": self.trained.step, "probe": probe, **values}, allow_nan=False)
-        # One write, at the end whoever else writes: never half a line between two of others.
+        line = json.dumps(
+            {"step": self.trained.step, "probe": probe, **self.conditions(), **values},
+            allow_nan=False,
+        )
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._append(path, f"{line}\n".encode())
+        except OSError as error:  # the table is printed all the same
+            self.say(f"warning: {path} can't be written: {error.strerror or error}")
+
+    def conditions(self) -> dict[str, Any]:
+        """On what a probe is measured; flat, so that the report tells lines apart by each of them.
+
+        Its words for precision are none that the report takes for a result.
+        """
+        graph = {f"graph_{key}": value for key, value in asdict(self.graph.options).items()}
+        mixed = str(self.accelerator.mixed_precision)
+        return {
+            "data": "built-in images" if self.demo else self.reader.options.root,
+            "graph": self.graph.use,
+            **graph,
+            "seed": self.seed,
+            "computed_in": "fp32" if mixed == "no" else mixed,
+            "weights": self.trained.weights[:12],
+        }
+
+    def _append(self, path: Path, line: bytes) -> None:
+        """One write, at the end whoever else writes: never half a line between two of others."""
         file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             size = os.fstat(file).st_size
             torn = size > 0 and os.pread(file, 1, size - 1) != b"\n"
             if torn:  # by a full disk: readers stop there
                 self.say(f"warning: {path} ends in half a line: nothing is added to it")
-                return
-            data = f"{line}\n".encode()
-            if os.write(file, data) < len(data):
-                raise OSError(f"{path}: the disk is full")
-        except OSError as error:
-            self.say(f"warning: {path} can't be written: {error.strerror or error}")
+            elif os.write(file, line) < len(line):
+                raise OSError("the disk is full")
         finally:
             os.close(file)

@@ -5,7 +5,8 @@
 
 RUN is a run folder or what else fastssl/evaluate.py takes; backbone.* says which network a lone
 .safetensors is of. FOLDER: exports/NAME-FORMAT, beside the run's other files for a run folder.
-Exit codes: 0 done, 1 the other side gives other features, 2 a mistake in the input.
+Exit codes: 0 done, 1 the other side gives other features, or a file can't be read or written,
+2 a mistake in the input.
 """
 
 import argparse
@@ -43,7 +44,7 @@ def main(arguments: Sequence[str]) -> int:
         backbone, ignore = _overrides(given.overrides)
         loaded = trained.load(given.run, backbone=backbone, ignore=ignore)
         export_formats.export_to(loaded, given.to, given.out, say=starting.say)
-    except export_formats.Mismatch as error:
+    except (export_formats.Mismatch, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
     except ValueError as error:

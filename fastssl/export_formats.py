@@ -10,12 +10,14 @@ import hashlib
 import importlib
 import io
 import json
+import math
+import os
 import re
 import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +29,9 @@ from torch import Tensor, nn
 from torchvision.models import get_model, list_models
 from torchvision.transforms.v2 import functional
 
-from fastssl import backbone_file, demo, loader, model_card, patch_network
+from fastssl import backbone_file, classifier, demo, loader, model_card, patch_network
 from fastssl.backbones import named
-from fastssl.config import RecipeError
+from fastssl.config import Part, RecipeError
 from fastssl.patch_network import Standardization
 from fastssl.trained import NAMED, RESNET, Trained
 
@@ -62,14 +64,19 @@ def export_to(trained: Trained, to: str, out: Path | None, *, say: Callable[[str
         trained: what is exported.
         to: one of FORMATS.
         out: the folder; None: exports/NAME-FORMAT, in the run folder if there is one. An earlier
-            export there is replaced, anything else is not.
+            export there is replaced if it holds nothing else, anything else is not.
         say: told what was written and compared.
 
     Raises:
-        RecipeError: the format cannot hold this network, a package is missing, or `out` is taken.
+        RecipeError: the format cannot hold this network, a package is missing, `out` is taken or
+            can't be written, or the run's classifier is damaged.
         Mismatch: what was read back gives other features.
     """
     out = _free_folder(trained, to, out)
+    use, _ = trained.preprocessing
+    graph = _graph(trained)
+    # With the defaults, which a RUN without a card leaves out: what is written should say them.
+    trained = replace(trained, preprocessing=(use, asdict(graph.options)))
     write = {
         "torchvision": _to_torchvision,
         "timm": _to_timm,
@@ -80,10 +87,16 @@ def export_to(trained: Trained, to: str, out: Path | None, *, say: Callable[[str
     check_fits = {"torchvision": _other_side, "timm": _other_side}.get(to)
     if check_fits is not None:
         check_fits(trained, to)  # before images are made and read
-    pixels, standardize = _probe_batch(trained, say)
+    classes = () if trained.folder is None else classifier.classes_of(trained.folder)
+    pixels, standardize = _probe_batch(trained, graph, say)
     ours = _Pixels(trained.backbone, standardize).eval()
     with _folder_that_appears(out) as folder, torch.no_grad():
         written = write(trained, ours, pixels, folder)
+        if classes and to != "safetensors":
+            left = (
+                f"the head of {len(classes)} classes is not in it: --to safetensors takes it along"
+            )
+            written = replace(written, notes=(*written.notes, left))
         compared = _compare(written, ours, pixels, to, trained.name)
         files = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
         card = model_card.text(
@@ -101,6 +114,14 @@ def export_to(trained: Trained, to: str, out: Path | None, *, say: Callable[[str
     return out
 
 
+def crop_pct(crop: int, resize: int) -> float:
+    """What timm makes `resize` of again: it resizes the short side to floor(crop / crop_pct)."""
+    part = crop / resize
+    while math.floor(crop / part) < resize:  # 64 / (64 / 93) is 92.99...
+        part = math.nextafter(part, 0)
+    return part
+
+
 class _Pixels(nn.Module):
     """The backbone as it is called outside: bytes in, all preparation of values inside."""
 
@@ -114,25 +135,38 @@ class _Pixels(nn.Module):
         return self.backbone(patch_network.standardize(image, self.how))
 
 
-def _probe_batch(trained: Trained, say: Callable[[str], None]) -> tuple[Tensor, Standardization]:
+def _graph(trained: Trained) -> Part:
+    """The evaluation graph, by which the run's images are prepared."""
+    use, options = trained.preprocessing
+    module = _module(use)
+    # JSON has no tuples.
+    arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+    try:
+        return Part(use, module, module.Options(**arguments))
+    except (TypeError, ValueError) as error:
+        raise RecipeError(
+            f"{trained.name}: its preprocessing {use} can't be made again: {error}"
+        ) from error
+
+
+def _probe_batch(
+    trained: Trained, graph: Part, say: Callable[[str], None]
+) -> tuple[Tensor, Standardization]:
     """Real pixels [B, 3, S, S], uint8: built-in images through the run's own evaluation graph.
 
     Patches [B, F, 3, p, p] come as [B * F, 3, p, p], with what the objective did to them.
     """
-    use, options = trained.preprocessing
-    reader, graph = _module("pipelines.readers.folder"), _module(use)
+    reader = _module("pipelines.readers.folder")
     images = demo.render(say=say) / "val"
     samples = reader.list_samples(
         reader.Options(root=str(images)), cache=demo.cache(), say=lambda _: None
     )
     rows = samples.usable[np.linspace(0, len(samples.usable) - 1, IMAGES).astype(np.int64)]
-    # JSON has no tuples.
-    arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
     batches = loader.Loader(
         reader,
         samples,
-        graph,
-        graph.Options(**arguments),
+        graph.module,
+        graph.options,
         lambda _: rows,
         batch=IMAGES,
         seed=0,
@@ -146,7 +180,7 @@ def _probe_batch(trained: Trained, say: Callable[[str], None]) -> tuple[Tensor, 
     if "image" in tensors:
         return tensors["image"].clone(), "global"
     raise RecipeError(
-        f"{trained.name}: {use} puts out {sorted(tensors)}: image or patches are needed"
+        f"{trained.name}: {graph.use} puts out {sorted(tensors)}: image or patches are needed"
     )
 
 
@@ -356,7 +390,8 @@ def _timm_config(trained: Trained, pixels: Tensor) -> dict[str, Any]:
     mean, std = model_card.normalization(trained)
     _, options = trained.preprocessing
     side = pixels.shape[-1]
-    part = side / options["resize"] if {"resize", "crop"} <= options.keys() else 1.0
+    one_crop = "resize" in options and options.get("crop") == side  # else no such preparation
+    part = crop_pct(side, options["resize"]) if one_crop else 1.0
     config = {
         "architecture": name,
         "num_classes": 0,
@@ -415,7 +450,18 @@ def _to_safetensors(trained: Trained, ours: _Pixels, pixels: Tensor, folder: Pat
         "from fastssl.backbone_file import load_backbone\n\n"
         "network = load_backbone('THIS_FOLDER')  # takes uint8 too: its normalisation is inside\n"
     )
-    return Written(back, code, any_size=_is_any_size(trained))
+    notes: tuple[str, ...] = ()
+    head = None if trained.folder is None else trained.folder / classifier.HEAD
+    if head is not None and head.exists():
+        (folder / classifier.HEAD).write_bytes(head.read_bytes())
+        classes = classifier.load(folder).classes  # strict
+        code += (
+            "\n# or, with its head: scores of the classes\n"
+            "from fastssl import classifier\n\n"
+            "network = classifier.load('THIS_FOLDER')  # names: network.classes\n"
+        )
+        notes = (f"{classifier.HEAD} is the head of {len(classes)} classes",)
+    return Written(back, code, any_size=_is_any_size(trained), notes=notes)
 
 
 # -- graphs: the network as a program, its normalisation inside ---------------------------------
@@ -532,11 +578,28 @@ def _free_folder(trained: Trained, to: str, out: Path | None) -> Path:
         name = re.sub(r"[^\w.-]+", "-", trained.name)
         out = (trained.folder or Path()) / "exports" / f"{name}-{to}"
     out = out.expanduser()
+    if out.is_symlink():  # where it leads to is replaced, and the link is left
+        out = Path(os.path.realpath(out))
     if out.exists() and not out.is_dir():
         raise RecipeError(f"--out {out}: is a file; name a folder")
-    if out.is_dir() and any(out.iterdir()) and not (out / SUMS).exists():
-        raise RecipeError(f"--out {out}: holds other files; name a new folder")
+    if out.is_dir():
+        _refuse_others(out)
     return out
+
+
+def _refuse_others(out: Path) -> None:
+    """Refuses a folder that holds more than an export: it is deleted when the new one is there."""
+    inside = sorted(out.iterdir())
+    if not inside:
+        return
+    sums, card = out / SUMS, out / "README.md"
+    is_export = card.is_file() and sums.is_file() and model_card.is_one(card.read_bytes())
+    text = sums.read_text("utf-8", "replace") if is_export else ""
+    listed = re.findall(r"^[0-9a-f]{64}  (.+)$", text, re.MULTILINE)
+    for path in inside:
+        if path.name != SUMS and (path.name not in listed or not path.is_file()):
+            found = path.name if is_export else f"{path.name}, and is no export of fastssl"
+            raise RecipeError(f"--out {out}: holds {found}; name a new folder")
 
 
 @contextlib.contextmanager
@@ -555,11 +618,30 @@ def _folder_that_appears(out: Path) -> Iterator[Path]:
             if error.errno is None:
                 raise
             raise RecipeError(f"--out {out} could not be written: {error.strerror}") from error
-        if out.exists():  # an earlier export, or an empty folder
-            shutil.rmtree(out)
-        made.replace(out)
+        try:
+            _put_in_place(made, out)
+        except OSError as error:
+            raise RecipeError(f"--out {out} could not be replaced: {error.strerror}") from error
     finally:
         shutil.rmtree(made, ignore_errors=True)
+
+
+def _put_in_place(made: Path, out: Path) -> None:
+    """What was there, an earlier export or an empty folder, goes when the new one is in place."""
+    if not out.exists():
+        made.replace(out)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        out.replace(aside)
+        made.replace(out)
+    except OSError:
+        if out.exists():
+            aside.rmdir()  # nothing was moved
+        else:
+            aside.replace(out)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _sha256(path: Path) -> str:

@@ -2,32 +2,37 @@
 
     <cache>/features/<fingerprint>/<stage>.npy, features.json (what they are), positions.npy
 
-The fingerprint is of the weights, the file list, the evaluation graph and all else that the values
-depend on. Processes write their own rows of the same files, which must lie where all of them see
-them; n images give n rows.
+The fingerprint is of the weights, the files and when they were written, the evaluation graph and
+its source, the versions of libraries and all else that the values depend on. Processes write their
+own rows of the same files, which must lie where all of them see them; n images give n rows.
 """
 
+import ast
 import contextlib
 import fcntl
 import hashlib
+import importlib
 import json
 import os
 import platform
 import re
 import secrets
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 import numpy as np
+import nvidia.dali
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
-from fastssl import distributed, loader, order, representation
+from fastssl import distributed, loader, machine, order, representation
 from fastssl.config import Part
 from fastssl.labelled import Split
 from fastssl.representation import all_stages, represent
@@ -36,7 +41,7 @@ from fastssl.trained import Trained
 __all__ = ["Features", "Options", "all_stages", "extract", "represent"]
 
 _ABOUT = "features.json"
-_VERSION = 1  # of what is kept, and of how it is computed
+_VERSION = 2  # of what is kept, and of how it is computed
 _SECONDS = 10  # between lines of progress
 
 
@@ -45,9 +50,14 @@ class Options:
     """Which features, how many values of each, and where they are kept."""
 
     stages: tuple[str, ...] = ()  # of the backbone's, "last" for what forward returns; empty: all
-    pool: Literal["max", "avg"] = "max"  # of maps: adaptive max (Kolesnikov et al. 2019), average
-    # (VISSL)
-    size: int = 9000  # values of a stage at most: the largest s with C * s * s <= size (K19)
+    pool: Literal["max", "avg"] | None = (
+        None  # of maps, adaptive; null: as the protocol of `linear`
+    )
+    # says, elsewhere max (Kolesnikov et al. 2019; VISSL: avg)
+    size: int | None = (
+        None  # values of a stage at most: the largest s with C * s * s <= size; null:
+    )
+    # as the protocol of `linear` says, elsewhere 9000 (K19; VISSL: 9216)
     dtype: Literal["float32", "float16"] = "float32"
     batch: int = 128  # images a process and pass
     cache: str | None = None  # folder, seen by all processes; null: the user's cache
@@ -60,10 +70,16 @@ class Options:
             ValueError: says which value.
         """
         for name in ("size", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
+            value = vars(self)[name]
+            if value is not None and value < 1:
+                raise ValueError(f"{name} ({value}) must be at least 1")
         if self.cache == "":
             raise ValueError("cache ('') must name a folder, or be null for the user's cache")
+
+    @property
+    def pooling(self) -> tuple[Literal["max", "avg"], int]:
+        """`pool` and `size`, K19's where none is given."""
+        return self.pool or "max", self.size or 9000
 
 
 @dataclass(frozen=True)
@@ -87,6 +103,7 @@ def extract(
     accelerator: Accelerator,
     cache: Path,
     say: Callable[[str], None],
+    key: str = "features.stages",
 ) -> Features:
     """The features of every usable image of the split, from the cache where it has them.
 
@@ -103,13 +120,16 @@ def extract(
         accelerator: the device and precision.
         cache: of fastssl; `options.cache` has precedence.
         say: told what the user should know; silent on all but the first process.
+        key: what the user calls `options.stages`, for the error.
 
     Raises:
         ValueError: a stage is unknown, a value is no finite number, the disk is too small, another
             process cannot see the folder, or the images can't be read.
     """
     home = (Path(options.cache) if options.cache else cache / "features").expanduser().absolute()
-    about = _about(trained, split, graph, options, loading, accelerator)
+    # Machines may have other copies of the files, written at other times: the first one's count.
+    precision, kind = str(accelerator.mixed_precision), accelerator.device.type
+    about = _from_first(depends_on(trained, split, graph, options, loading, kind, precision))
     folder = home / _fingerprint(about, options.stages)
     whole = home / _fingerprint(about, ())  # with every stage, which serves for some
     with _together():
@@ -118,51 +138,99 @@ def extract(
     found = _from_first(str(candidates[0]) if candidates else None)
     if found is not None:
         with _together():
-            features = _open(Path(found), split, options.stages)
+            features = _open(Path(found), split, options.stages, key)
         say(f"features: {split.name} of {trained.name} from {found}")
         return features
     part = Path(_from_first(str(home / f".{folder.name}.{secrets.token_hex(4)}.part")))
     with contextlib.ExitStack() as until:  # holds the lock of the folder
         try:
-            _fill(part, until, about, trained, split, graph, options, loading, accelerator, say)
+            _fill(
+                part, until, about, trained, split, graph, options, loading, accelerator, say, key
+            )
             if options.keep:
                 with _together():
                     if distributed.rank() == 0:
                         _move(part, folder, about, options.stages)
             with _together():  # the maps stay when the names are gone
-                return _open(folder if options.keep else part, split, options.stages)
+                return _open(folder if options.keep else part, split, options.stages, key)
         finally:
             if distributed.rank() == 0:
                 shutil.rmtree(part, ignore_errors=True)
 
 
-def _about(
+def depends_on(
     trained: Trained,
     split: Split,
     graph: Part,
     options: Options,
     loading: loader.Options,
-    accelerator: Accelerator,
+    device: str,
+    precision: str,
 ) -> dict[str, Any]:
-    """All that the values depend on, in plain types."""
-    about = {
+    """All that the values depend on, in plain types.
+
+    Of other parts of fastssl than the backbone's module `_VERSION` tells.
+    """
+    pool, size = options.pooling
+    facts = {
         "version": _VERSION,
+        "libraries": _versions(trained),
+        "source": _source(graph.module, {"pipelines", graph.use.partition(".")[0]}),
+        "backbone's source": _source(importlib.import_module(trained.use), set()),
         "weights": trained.weights,
         "backbone": {"use": trained.use, "options": trained.options},
         "standardize": trained.standardize,
         "root": split.samples.root,
-        "files": split.samples.fingerprint,
+        "files": [split.samples.fingerprint, split.samples.written],
         "rows": hashlib.sha256(split.rows.tobytes()).hexdigest(),
         "images": len(split.rows),
         "graph": {"use": graph.use, "options": asdict(graph.options)},
         "decoder": loading.decoder,
-        "device": accelerator.device.type,
-        "precision": str(accelerator.mixed_precision),
-        "pool": options.pool,
-        "size": options.size,
+        "region": loading.region,
+        "device": device,
+        "precision": precision,
+        "pool": pool,
+        "size": size,
         "dtype": options.dtype,
     }
-    return json.loads(json.dumps(about))  # as it is read back: no tuples
+    return json.loads(json.dumps(facts))  # as it is read back: no tuples
+
+
+def _versions(trained: Trained) -> dict[str, str | None]:
+    names = ["torch", "torchvision"]
+    if str(trained.options.get("name")).startswith("timm:"):
+        names.append("timm")
+    return {"dali": nvidia.dali.__version__, **{name: machine.version(name) for name in names}}
+
+
+def _source(module: ModuleType, packages: set[str]) -> str:
+    """SHA-256 of a module's file and of those in `packages` that it imports, and they in turn."""
+    sources: dict[str, bytes] = {}
+    pending = [module.__name__]
+    while pending:
+        name = pending.pop()
+        found = sys.modules.get(name)  # none: the name of a function, a class or a constant
+        if name in sources or found is None or found.__file__ is None:
+            continue
+        sources[name] = Path(found.__file__).read_bytes()
+        if packages:
+            pending += [
+                each for each in _imported(sources[name]) if each.partition(".")[0] in packages
+            ]
+    state = hashlib.sha256()
+    for name, source in sorted(sources.items()):
+        state.update(f"{name} {len(source)} ".encode() + source)
+    return state.hexdigest()
+
+
+def _imported(source: bytes) -> Iterator[str]:
+    """Names that may be modules; absolute imports only, as is our style."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (each.name for each in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{each.name}" for each in node.names)
 
 
 def _fingerprint(about: dict[str, Any], stages: tuple[str, ...]) -> str:
@@ -184,6 +252,7 @@ def _fill(
     loading: loader.Options,
     accelerator: Accelerator,
     say: Callable[[str], None],
+    key: str,
 ) -> None:
     """Writes a complete folder `part`."""
     rank, world, count = distributed.rank(), distributed.world(), len(split.rows)
@@ -213,7 +282,7 @@ def _fill(
         with accelerator.autocast():
             stages = all_stages(backbone, tensors, trained.standardize)
         depths[:] = stages
-        wanted = _wanted(tuple(stages), options.stages)
+        wanted = _wanted(tuple(stages), options.stages, key)
         # The loader puts the next usable image in the place of one that cannot be decoded.
         other = tensors["index"].cpu().numpy() != split.rows[plan[step]]
         dropped.extend(plan[step][other].tolist())
@@ -260,12 +329,12 @@ def _fill(
             _finish(part, about, depths, widths, gone, split, say)
 
 
-def _wanted(there: tuple[str, ...], asked: tuple[str, ...]) -> tuple[str, ...]:
+def _wanted(there: tuple[str, ...], asked: tuple[str, ...], key: str) -> tuple[str, ...]:
     """Those asked for, in the order of depth; all, where none is."""
     unknown = [name for name in asked if name not in (*there, "last")]
     if unknown:
         raise ValueError(
-            f"features.stages: the backbone has no {', '.join(unknown)}; it has {', '.join(there)}"
+            f"{key}: the backbone has no {', '.join(unknown)}; it has {', '.join(there)}"
         )
     last = there[-1:] if "last" in asked else ()
     return tuple(name for name in there if not asked or name in (*asked, *last))
@@ -273,7 +342,8 @@ def _wanted(there: tuple[str, ...], asked: tuple[str, ...]) -> tuple[str, ...]:
 
 def _pooled(name: str, stage: torch.Tensor, options: Options) -> torch.Tensor:
     try:
-        return representation.pooled(stage.float(), options.size, options.pool)
+        pool, size = options.pooling
+        return representation.pooled(stage.float(), size, pool)
     except ValueError as error:
         raise ValueError(f"stage {name} of the backbone: {error}") from error
 
@@ -445,7 +515,7 @@ def _is_complete(folder: Path, about: dict[str, Any], stages: tuple[str, ...]) -
     try:
         known = json.loads((folder / _ABOUT).read_text())
         kept = len(np.load(folder / "positions.npy"))
-        wanted = _wanted(tuple(known["depths"]), stages)
+        wanted = _wanted(tuple(known["depths"]), stages, "")
         if known["about"] != about or not {*wanted} <= {*known["stages"]}:
             return False
         for name in known["stages"]:
@@ -459,13 +529,13 @@ def _is_complete(folder: Path, about: dict[str, Any], stages: tuple[str, ...]) -
     return True
 
 
-def _open(folder: Path, split: Split, stages: tuple[str, ...]) -> Features:
+def _open(folder: Path, split: Split, stages: tuple[str, ...], key: str) -> Features:
     try:
         known = json.loads((folder / _ABOUT).read_text())
         kept = np.load(folder / "positions.npy")
         maps = {
             name: np.load(folder / f"{_file(name)}.npy", mmap_mode="r")
-            for name in _wanted(tuple(known["depths"]), stages)
+            for name in _wanted(tuple(known["depths"]), stages, key)
         }
     except OSError as error:
         raise ValueError(

@@ -4,8 +4,9 @@ r"""Fine-tunes a trained backbone on a labelled folder: train.py, begun from a R
         data.root=PATH/train [section.key=value ...]
 
 RUN is a run folder, a .safetensors, torchvision:NAME, ... (fastssl/trained.py). The backbone and
-the preparation of images for evaluation are the RUN's own, in place of the recipe's. All else is as
-in train.py: the run folder, going on after a stop, several processes, exit codes.
+the preparation of images for evaluation are the RUN's own, in place of the recipe's; of a
+.safetensors without a backbone.json beside it they are the recipe's: give backbone.name=NAME. All
+else is as in train.py: the run folder, going on after a stop, several processes, exit codes.
 """
 
 import os
@@ -19,7 +20,7 @@ if not __package__:  # run as a script: let imports start at the checkout, not i
 # torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from fastssl import config, launcher, train, trained
+from fastssl import config, launcher, train, weights
 from fastssl.config import Recipe, RecipeError
 from fastssl.recipe_text import in_yaml, is_null, read_file, read_overrides, value
 
@@ -36,20 +37,24 @@ def load(path: str, overrides: Sequence[str]) -> Recipe:
     """The recipe, with what the RUN's card says of its backbone and its evaluation.
 
     The backbone is the RUN's; the command line may repeat it, and nothing else. The evaluation is
-    the RUN's where both go through the same graph, and so are the pixels that the crops are resized
-    to; the command line has precedence.
+    the RUN's where it has one and both go through the same graph, and so are the pixels that the
+    crops are resized to; the command line has precedence.
 
     Raises:
         RecipeError: no train.weights, no such RUN, a backbone.key that is not the RUN's, or a
             mistake in the recipe.
     """
     run = _weights(path, overrides)
-    source = trained.load(run)
+    if weights.names_no_network(run):
+        recipe = config.load(path, overrides)
+        weights.source(run, recipe.values["backbone"])  # refuses what doesn't fit
+        return recipe
+    source = weights.source(run, {})
     backbone = {"use": source.use, **source.options}
     instead = {"backbone": backbone}
     use, options = source.preprocessing
     as_written = config.load(path, [each for each in overrides if not _is_of("backbone", each)])
-    if use == as_written.evaluation.use:
+    if use == as_written.evaluation.use and options:  # none: nobody wrote down how it was
         instead["evaluation"] = {"use": use, **options}
     given = [*_sizes(as_written, options if "evaluation" in instead else {}), *overrides]
     recipe = config.load(path, given, instead)

@@ -58,8 +58,8 @@ class HeadProbe:
     def accuracies(self, objective: Any, accelerator: Accelerator) -> tuple[float, float]:
         """The part of val whose class has the highest score, and is among the five highest.
 
-        Every image counts once over all processes, which all get the same answer. The objective is
-        left in training mode if it was.
+        Every image counts once over all processes, which all get the same answer; one that can't be
+        decoded counts for nothing. The objective is left in training mode if it was.
         """
         distributed.copy_from_first(objective.buffers())  # batch norm saw other images on each rank
         was_training = objective.training
@@ -93,6 +93,9 @@ class HeadProbe:
             label_B = labels[tensors["index"]]
             first = (step * world + rank) * batch  # the last batch is filled up
             counts_B = torch.arange(first, first + batch, device=labels.device) < len(rows)
+            # The loader puts another image in the place of one that can't be decoded.
+            planned_B = torch.from_numpy(rows[plan[step]]).to(labels.device)
+            counts_B &= tensors["index"] == planned_B
             top_B5 = scores_BC.topk(min(5, scores_BC.shape[1]), dim=1).indices
             right_B5 = (top_B5 == label_B[:, None]) & counts_B[:, None]
             counted += torch.stack([counts_B.sum(), right_B5[:, 0].sum(), right_B5.sum()])

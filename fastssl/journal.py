@@ -226,18 +226,35 @@ def _commit(folder: Path) -> dict[str, str | None]:
 
 
 def read(folder: Path) -> list[dict]:
-    """The lines of a run folder's metrics.jsonl; a torn last line (kill -9) is left out."""
+    """The lines of a run folder's metrics.jsonl; damaged ones are left out."""
+    return read_and_count(folder)[0]
+
+
+def read_and_count(folder: Path) -> tuple[list[dict], list[int]]:
+    """The lines of metrics.jsonl as written, and the numbers (from 1) of those left out.
+
+    Left out is what is no object with a step: half a line (kill -9, a full disk), other bytes.
+    """
     path = folder / "metrics.jsonl"
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    lines, damaged = [], []
+    for number, text in enumerate(path.read_bytes().splitlines() if path.exists() else [], 1):
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
+            line = json.loads(text)
+        except (ValueError, RecursionError):  # torn, or not UTF-8
+            line = None
+        if isinstance(line, dict) and _is_step(line.get("step")):
+            lines.append(line)
+        else:
+            damaged.append(number)
+    return lines, damaged
+
+
+def _is_step(step: object) -> bool:
+    return type(step) is int and 0 <= step < 2**53  # beyond it floats skip whole numbers
 
 
 def _cut_back(path: Path, start: int | None) -> None:
+    """Leaves the whole lines up to `start`, also those behind a damaged one: they were measured."""
     if not path.exists():
         return
     kept = [] if start is None else [line for line in read(path.parent) if line["step"] <= start]

@@ -16,11 +16,11 @@ import torch
 import fastssl
 from fastssl import checkpoint, journal
 from fastssl.config import RecipeError
+from fastssl.reporting import probes
 from fastssl.trained import Trained
 
 _IMAGES, _PATCHES = "pipelines.evaluation", "pipelines.evaluation_patches"
-# What a line of metrics.jsonl was measured to be; all else in it is a setting.
-_RESULTS = ("accuracy", "map", "ap", "loss", "std", "rank", "seconds")
+_MARK = "- exported by fastssl"  # in every card
 _LIBRARIES = {"timm": "timm", "onnx": "onnx", "torchvision": "pytorch", "torchscript": "pytorch"}
 
 
@@ -91,6 +91,11 @@ def text(
         told = json.dumps(recipe, indent=1)
         parts.append(f"## Recipe as run\n\n```json\n{told}\n```")
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
+
+
+def is_one(text: bytes) -> bool:
+    """Whether a README.md is a card of ours."""
+    return _MARK.encode() in text
 
 
 def without_paths(recipe: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -190,28 +195,22 @@ def _data(trained: Trained, recipe: dict[str, Any]) -> str:
 
 def _numbers(trained: Trained) -> str:
     """The last line of each probe, depth and settings."""
-    lines: dict[str, dict[str, Any]] = {}
-    for line in journal.read(trained.folder) if trained.folder is not None else []:
-        if "probe" in line:
-            settings = {key: line[key] for key in line if key != "step" and not _is_result(key)}
-            lines[json.dumps(settings, sort_keys=True)] = line
-    if not lines:
-        return "## Measured\n\nNothing was measured."
+    lines, damaged = ([], []) if trained.folder is None else journal.read_and_count(trained.folder)
+    measured = probes.last_of_each([line for line in lines if "probe" in line])
+    parts = ["## Measured"]
+    if damaged:
+        count = len(lines) + len(damaged)
+        parts.append(f"{len(damaged)} of {count} lines of metrics.jsonl were damaged: left out.")
+    if not measured:
+        return "\n\n".join([*parts, "Nothing was measured."])
     rows = []
-    for line in lines.values():
-        results = ", ".join(
-            f"{key} {_number(key, line[key])}" for key in line if key != "step" and _is_result(key)
-        )
-        told = ", ".join(
-            f"{key} {_name_only(value)}"
-            for key, value in line.items()
-            if key not in ("probe", "step") and not _is_result(key)
-        )
-        rows.append(f"| {line['probe']} | {line['step']} | {results} | {told} |")
-    return (
-        "## Measured\n\nBy `fastssl/train.py` and `fastssl/evaluate.py`, the last of each kind.\n\n"
-        "| probe | step | result | settings |\n|---|---|---|---|\n" + "\n".join(rows)
-    )
+    for each in measured:
+        results = ", ".join(f"{key} {_number(key, each.results[key])}" for key in each.results)
+        told = ", ".join(f"{key} {_name_only(value)}" for key, value in each.settings.items())
+        rows.append(f"| {each.probe} | {each.step} | {results} | {told} |")
+    parts.append("By `fastssl/train.py` and `fastssl/evaluate.py`, the last of each kind.")
+    parts.append("\n".join(["| probe | step | result | settings |", "|---|---|---|---|", *rows]))
+    return "\n\n".join(parts)
 
 
 def _preparation(trained: Trained, to: str) -> str:
@@ -255,7 +254,7 @@ def _preparation(trained: Trained, to: str) -> str:
 
 
 def _origin(trained: Trained) -> str:
-    lines = [f"- exported by fastssl {fastssl.__version__} with {_versions()}"]
+    lines = [f"{_MARK} {fastssl.__version__} with {_versions()}"]
     path = trained.folder / "environment.json" if trained.folder is not None else None
     if path is not None and path.exists():
         last = json.loads(path.read_text(encoding="utf-8"))[-1]
@@ -276,15 +275,12 @@ def _versions() -> str:
 # Words.
 
 
-def _is_result(key: str) -> bool:
-    return key.split("_")[0] in _RESULTS
-
-
 def _number(key: str, value: Any) -> str:
-    if not isinstance(value, int | float):
+    if isinstance(value, list):
+        return f"[{', '.join(_number(key, each) for each in value)}]"
+    if not probes.is_number(value):
         return str(value)
-    is_part = key.split("_")[0] in ("accuracy", "map")
-    return f"{value:.1%}" if is_part and 0 <= value <= 1 else f"{value:.4g}"
+    return f"{value:.1%}" if probes.unit_of(key, [value]) == "%" else f"{value:.4g}"
 
 
 def _plain(values: Sequence[float]) -> str:
@@ -295,6 +291,8 @@ def _name_only(value: Any) -> Any:
     """A path on this machine as its last folder's name, with the one before for train or val."""
     if isinstance(value, list | tuple):
         return [_name_only(each) for each in value]
+    if isinstance(value, dict):
+        return {key: _name_only(each) for key, each in value.items()}
     if not isinstance(value, str) or not (value.startswith(("~", "..")) or "/" in value):
         return value
     path = Path(value)

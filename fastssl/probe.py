@@ -135,9 +135,10 @@ class Knn:
     def _features(
         self, split: Split, backbone: nn.Module, accelerator: Accelerator, *, is_shared: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Unit features [N, D], labels [N] and which count [N] (the last batch is filled up).
+        """Unit features [N, D], labels [N] and which count [N].
 
-        `is_shared`: of all processes, on each; otherwise this process's own part.
+        Those don't that fill up the last batch, or stand in for an image that can't be decoded.
+        `is_shared`: of all processes, on each, those that count; otherwise this process's own part.
         """
         rank, world, count = distributed.rank(), distributed.world(), len(split.rows)
         # A small split doesn't fill a whole batch: no more than its share.
@@ -155,7 +156,7 @@ class Knn:
             loading=self._loading,
             say=self._say,
         )
-        # By row: the loader puts another image in the place of one that cannot be decoded.
+        # By row: the loader puts another image in the place of one that can't be decoded.
         label_of_row = torch.full((len(split.samples),), -1, dtype=torch.int64)
         label_of_row[torch.from_numpy(split.rows)] = torch.from_numpy(split.labels)
         label_of_row = label_of_row.to(accelerator.device)
@@ -168,6 +169,8 @@ class Knn:
             label_B = label_of_row[tensors["index"]]
             first = (step * world + rank) * batch
             is_counted_B = torch.arange(first, first + batch, device=label_B.device) < count
+            planned_B = torch.from_numpy(split.rows[plan[step]]).to(label_B.device)
+            is_counted_B &= tensors["index"] == planned_B
             if is_shared:
                 feature_BD = distributed.gather(feature_BD)
                 label_B = distributed.gather(label_B)
@@ -177,8 +180,8 @@ class Knn:
             is_counted.append(is_counted_B)
         feature_ND, label_N = torch.cat(features), torch.cat(labels)
         is_counted_N = torch.cat(is_counted)
-        if is_shared:  # listing order, so that what was filled up is the tail
-            return feature_ND[:count], label_N[:count], is_counted_N[:count]
+        if is_shared:
+            return feature_ND[is_counted_N], label_N[is_counted_N], is_counted_N[is_counted_N]
         return feature_ND, label_N, is_counted_N
 
 

@@ -19,7 +19,7 @@ from typing import IO, Any
 import yaml
 
 from fastssl import checkpoint
-from fastssl.config import FREE_ON_RESUME, RecipeError, differences
+from fastssl.config import FREE_ON_RESUME, RecipeError, defaults, differences
 
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # Lustre mounted without flock, some NFS
 
@@ -52,7 +52,7 @@ def open_run(out: Path, resume: str, values: dict[str, dict[str, Any]]) -> Path 
         return given
     newest = checkpoint.latest(out / "checkpoints")
     recipe = _recipe(out)
-    if newest is None and not _has_trained(out) and differences(recipe, values, FREE_ON_RESUME):
+    if newest is None and not _has_trained(out) and _unlike(recipe, values):
         return given  # a start that failed before its first step: its mistake may be mended here
     _refuse_other_recipe(out, recipe, values)
     # A run that was begun from a checkpoint elsewhere and stopped before its first own goes on
@@ -236,13 +236,18 @@ def _recipe(run: Path) -> dict[str, dict[str, Any]]:
 def _refuse_other_recipe(
     run: Path, recipe: dict[str, dict[str, Any]], values: dict[str, dict[str, Any]]
 ) -> None:
-    unlike = differences(recipe, values, FREE_ON_RESUME)
+    unlike = _unlike(recipe, values)
     if unlike:
         lines = "\n".join(f"  {line}" for line in unlike)
         raise RecipeError(
             f"{run} holds a run of another recipe:\n{lines}\n"
             "to train anew name another folder (train.out=...), to go on make these keys equal"
         )
+
+
+def _unlike(recipe: dict[str, dict[str, Any]], values: dict[str, dict[str, Any]]) -> list[str]:
+    """What differs; a key that the saved recipe is too old to have stood at its default."""
+    return differences(recipe, values, FREE_ON_RESUME, unsaid=defaults(values))
 
 
 def _finished_at(out: Path) -> str:

@@ -51,7 +51,8 @@ class Fitted:
     cross_validated: tuple[float, ...]  # mean average precision over the folds, for each cost;
     # empty where there is one cost only
     interpolated: float  # average precision on the test images, as VISSL takes it
-    average_precision: float  # the same by scikit-learn, without interpolation
+    average_precision: float  # the same by scikit-learn, without interpolation; both are NaN of a
+    # class without test images
     scores: np.ndarray  # float32 [M], distances to the plane, of all test images
     fits: int
     unfinished: int  # of them that stopped at max_iter
@@ -139,11 +140,14 @@ def fit_class(
     scores = _scores(test, svm.coef_, svm.intercept_)[:, 0]
     counts = test_labels != IGNORED
     positive = test_labels[counts] == POSITIVE
+    plain = float("nan")  # of no image to find
+    if positive.any():
+        plain = float(average_precision_score(positive, scores[counts]))
     return Fitted(
         cost=cost,
         cross_validated=tuple(averages),
         interpolated=interpolated_precision(positive, scores[counts]),
-        average_precision=float(average_precision_score(positive, scores[counts])),
+        average_precision=plain,
         scores=scores.astype(np.float32),
         fits=len(averages) * settings.folds + 1,
         unfinished=unfinished + late,
@@ -256,8 +260,8 @@ def workers_for(images: int, features: int, *, asked: int | None, processes_here
     if fitting < 1:
         raise ValueError(
             f"an SVM on {images:,} images x {features:,} features needs {each / 1e9:.1f} GB of "
-            f"memory, {available / 1e9:.1f} GB are free: give fewer images (data.limit), a smaller "
-            "features.size, or another probe (linear)"
+            f"memory, {available / 1e9:.1f} GB are free: give a smaller features.size, another "
+            "probe (linear) or, of class folders, fewer images (data.limit)"
         )
     if asked is not None:
         return min(asked, fitting)

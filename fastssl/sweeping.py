@@ -6,6 +6,7 @@ one that is finished is not run again: the same command goes on where it stopped
 
 import contextlib
 import csv
+import hashlib
 import itertools
 import json
 import os
@@ -124,18 +125,23 @@ class Runner:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def run(self, module: str, arguments: Sequence[str], *, processes: int) -> tuple[int, str]:
+    def run(
+        self, module: str, arguments: Sequence[str], *, processes: int, log: Path | None = None
+    ) -> tuple[int, str]:
         """The exit code of `python -m module arguments`, and the last line it said was wrong.
 
-        What it says goes where this process's own words go.
+        What it says goes to the file `log`, or where this process's own words go.
         """
         launch = ["-m", module, *arguments]
         if processes > 1:
             torchrun = ["-m", "torch.distributed.run", "--standalone"]
             launch = [*torchrun, f"--nproc_per_node={processes}", *launch]
-        with tempfile.TemporaryFile() as errors:
+        with tempfile.TemporaryFile() if log is None else log.open("w+b") as errors:
             self._process = subprocess.Popen(
-                [sys.executable, *launch], env=_environment(), stderr=errors
+                [sys.executable, *launch],
+                env=_environment(),
+                stdout=None if log is None else errors,
+                stderr=errors,
             )
             if self.stopped:  # asked while it was being started
                 self._process.send_signal(signal.SIGTERM)
@@ -143,8 +149,9 @@ class Runner:
             self._process = None
             errors.seek(0)
             text = errors.read().decode(errors="replace")
-        sys.stderr.write(text)
-        sys.stderr.flush()
+        if log is None:
+            sys.stderr.write(text)
+            sys.stderr.flush()
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         said = [line for line in lines if line.startswith("error")] or lines[-1:]
         if self.stopped:
@@ -174,6 +181,11 @@ def knn(point: Point) -> tuple[float | None, float | None]:
     return (lines[-1]["accuracy"] if lines else None), first
 
 
+def weights(point: Point) -> str:
+    """SHA-256 of the finished run's backbone.json: its weights' own is in it, and their recipe."""
+    return hashlib.sha256((point.folder / "backbone.json").read_bytes()).hexdigest()
+
+
 def linear(folder: Path) -> float | None:
     """The accuracy of the last linear probe of the last stage in a folder's metrics.jsonl."""
     lines = [line for line in journal.read(folder) if line.get("probe") == "linear"]
@@ -186,13 +198,16 @@ def pretext(point: Point) -> float | None:
     return lines[-1].get("accuracy") if lines else None
 
 
-def measured(out: Path, about: dict[str, Any]) -> dict[str, float]:
-    """Run folder -> the accuracy that sweep.json in `out` has of it, if probed as `about` says."""
+def fingerprint(of: Any) -> str:
+    """Of plain types: the name of a measurement, of all that it depends on."""
+    return hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def measured(out: Path) -> dict[str, float]:
+    """Fingerprint -> the accuracy that a sweep in `out` has measured; sweep.json keeps them."""
     path = out / "sweep.json"
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if any(known.get(key) != about[key] for key in ("probe", "probe_arguments")):
-        return {}
-    return {run["run"]: run["accuracy"] for run in known["runs"] if run["accuracy"] is not None}
+    return known.get("measured", {})
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float | None, float | None]:
@@ -246,7 +261,8 @@ def _refuse_other(point: Point) -> None:
     text = (point.folder / "recipe.yaml").read_text(encoding="utf-8")
     # A run that is over has the steps that it has.
     free = config.FREE_ON_RESUME - {"train.steps"}
-    unlike = config.differences(yaml.safe_load(text), point.recipe.values, free)
+    here = point.recipe.values
+    unlike = config.differences(yaml.safe_load(text), here, free, unsaid=config.defaults(here))
     if unlike:
         raise RecipeError(
             f"{point.folder} holds a finished run of another recipe ({'; '.join(unlike[:3])}"

@@ -39,6 +39,7 @@ from fastssl import (
     classifier,
     config,
     demo,
+    depths,
     distributed,
     journal,
     labelled,
@@ -197,7 +198,9 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
     set_seed(options.seed)  # the same weights on every process
     backbone = recipe.backbone.module.backbone(recipe.backbone.options)
     if options.weights is not None:  # in place of the random ones, so that the head's stay the same
-        fingerprint["train.weights"] = weights.load_into(backbone, options.weights)
+        fingerprint["train.weights"] = weights.load_into(
+            backbone, options.weights, recipe.values["backbone"]
+        )
     objective: Any = recipe.objective.module.Objective(
         backbone,
         recipe.objective.options,
@@ -206,6 +209,7 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
         labels=None if samples.labels is None else torch.from_numpy(samples.labels),
         seed=options.seed,
     )
+    learning = depths.learning(objective)
     rehearse(
         recipe.data,
         samples,
@@ -382,6 +386,7 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
             steps=planned,
         )
     )
+    log.say(learning)
     log.say(
         f"{device}, {accelerator.mixed_precision}, {threads} loader threads a process, run {out}"
     )

@@ -132,6 +132,10 @@ def test_two_runs_give_every_picture_with_its_numbers_and_journal_lines(runs, an
     }
     assert {line["step"] for line in lines} == {STEP}
     assert "effective rank" in out
+    for name, kind in (("jigsaw", "backbone"), ("pirl", "heads")):  # each in its own folder
+        (line,) = [x for x in journal.read(runs[name]) if x.get("probe") == "invariance"]
+        assert line["functions"] == kind
+        assert line["mean"] == numbers[kind][name]["mean"]
 
 
 def test_a_run_alone_without_training_says_what_is_left_out_and_why(analyze, tmp_path, monkeypatch):
@@ -150,6 +154,24 @@ def test_what_was_asked_for_and_cannot_be_done_is_a_mistake(analyze, runs):
 
     assert code == 2
     assert err.startswith("error: analyze.what (pretext): a relation needs two runs")
+
+
+@pytest.mark.parametrize(
+    ("what", "told"),
+    [
+        ("pretext", "the card of jigsaw, pirl has no recipe, which alone says on which images its"),
+        ("invariance", "no run was trained on patches or turned copies of images"),
+    ],
+)
+def test_cards_without_a_recipe_are_told(analyze, runs, what, told):
+    for run in runs.values():
+        card = json.loads((run / "backbone.json").read_text())
+        (run / "backbone.json").write_text(json.dumps({**card, "recipe": None}))
+
+    code, _, err = analyze(runs["jigsaw"], runs["pirl"], f"analyze.what=[{what}]")
+
+    assert code == 2
+    assert err.startswith(f"error: analyze.what ({what}): {told}")
 
 
 def test_pirl_without_a_checkpoint_is_compared_by_its_features_alone(analyze, runs):

@@ -214,6 +214,25 @@ def test_differences_name_the_key_and_both_values():
     assert "train.keep: null there, 2 here" in config.differences(there, here)
 
 
+def test_a_key_that_the_saved_recipe_is_too_old_for_stood_at_its_default(path: Path):
+    here = config.load(path, ["optim.head_lr=2.0"]).values
+    there = {section: dict(keys) for section, keys in here.items()}
+    del there["optim"]["layer_decay"], there["train"]["weights"], there["optim"]["betas"]
+    del there["pipeline"]["grid"]  # of a module; 2 here, and by default 3
+    unsaid = config.defaults(here)
+
+    assert config.differences(there, here, unsaid=unsaid) == ["pipeline.grid: 3 there, 2 here"]
+    del there["optim"]["head_lr"]
+    del there["optim"]["lr"]  # which has no default
+    assert config.differences(there, here, unsaid=unsaid)[1:] == [
+        "optim.head_lr: 1.0 there, 2.0 here",
+        "optim.lr: missing there, 0.1 here",
+    ]
+    there["optim"]["gone"] = 1
+    assert "optim.gone: 1 there, missing here" in config.differences(there, here, unsaid=unsaid)
+    assert "optim.betas: missing there, [0.9, 0.999] here" in config.differences(there, here)
+
+
 def test_keys_that_are_free_on_resume_exist(path: Path):
     sources = config.load(path).sources
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastssl.backbones import nin, resnet
-from fastssl.depths import depths
+from fastssl.backbones import named, nin, resnet
+from fastssl.depths import depths, learning
 
 
 class Odd(nn.Module):
@@ -93,9 +93,56 @@ class Large(nn.Module):
         return {"last": self.a(x)}
 
 
-def test_networks_for_one_size_are_asked_with_theirs_or_refused():
-    assert depths(Large(224)).stages == ("last",)
-    with pytest.raises(ValueError, match=r"takes no image of 64 or 224 pixels .*, not 100"):
+@pytest.mark.parametrize("side", [96, 128, 160, 192, 224, 240, 256, 288, 299, 384])
+def test_networks_for_one_size_are_asked_with_theirs(side):
+    assert depths(Large(side)).stages == ("last",)
+
+
+def test_a_named_network_s_own_size_is_asked_for_whatever_it_is():
+    options = named.Options(name="timm:vit_tiny_patch16_224", image_size=112)
+    found = depths(named.backbone(options))
+
+    assert len(found.stages) == 12
+    assert found.parameters["network.norm.weight"] == 11
+
+
+def test_what_can_t_be_told_apart_is_refused():
+    with pytest.raises(ValueError, match=r"takes no image of 64, 96, .*, 384 pixels .*, not 100"):
         depths(Large(100))
     with pytest.raises(ValueError, match="Identity has no parameters"):
         depths(nn.Identity())
+
+
+@pytest.mark.parametrize(
+    ("name", "behind"),
+    [
+        ("timm:convnext_atto", "network.head.norm.weight"),
+        ("torchvision:mobilenet_v3_small", "network.classifier.0.weight"),
+        ("torchvision:swin_t", "network.norm.weight"),
+    ],
+)
+def test_what_stands_behind_the_last_map_counts_to_it(name, behind):
+    backbone = named.backbone(named.Options(name=name))
+    found = depths(backbone)
+    last = [each for each, depth in found.parameters.items() if depth == len(found.stages) - 1]
+
+    assert "pool" not in found.stages
+    assert behind in last
+    assert any(backbone.get_parameter(each).ndim > 1 for each in last if each != behind)
+
+
+def test_what_learns_is_told_by_stage_and_number():
+    objective = nn.Module()
+    objective.backbone = backbone = resnet.backbone(resnet.Options(name="resnet10", width=4))
+    objective.head = nn.Linear(32, 3)
+    whole = sum(each.numel() for each in backbone.parameters())
+    assert learning(objective) == (
+        f"learning: {whole:,} of the backbone's {whole:,} parameters, 99 of heads"
+    )
+    for name, parameter in backbone.named_parameters():
+        parameter.requires_grad_(name.startswith(("layer3", "layer4")))
+    some = sum(each.numel() for each in backbone.parameters() if each.requires_grad)
+
+    assert learning(objective) == (
+        f"learning: {some:,} of the backbone's {whole:,} parameters (layer3, layer4), 99 of heads"
+    )

@@ -1,8 +1,10 @@
 """Detection, from a VOC folder to AP: the detector is the backbone, the scores are the metrics."""
 
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -351,11 +353,30 @@ def read(devkit: Path, **changed) -> detection_data.Data:
 
 
 def test_pixels_of_voc_count_from_1_and_include_both_corners():
-    found = truth([Object("b", 1, 1, 1, 1, True), Object("a", 3, 4, 10, 20, False)], ("a", "b"))
+    objects = [Object("b", 1, 1, 1, 1, True), Object("a", 3, 4, 10, 20, False)]
+    found = truth(objects, ("a", "b"), image=Path("a.jpg"), height=20, width=10)
 
     assert found.boxes.tolist() == [[0, 0, 1, 1], [2, 3, 10, 20]]
     assert found.labels.tolist() == [1, 0]
     assert found.difficult.tolist() == [True, False]
+
+
+def test_a_box_that_leaves_its_image_by_a_pixel_is_cut_and_by_more_refused_with_its_file():
+    size: dict[str, Any] = {"image": Path("some/1.jpg"), "height": 20, "width": 10}
+    found = truth([Object("a", 0, 0.5, 11, 21, False)], ("a",), **size)
+
+    assert found.boxes.tolist() == [[0, 0, 10, 20]]
+    for corners in [(-1, 1, 5, 5), (1, -1, 5, 5), (1, 1, 12, 5), (1, 1, 5, 22), (11, 1, 11, 5)]:
+        with pytest.raises(ValueError, match=r"some/1.jpg has 10 x 20 pixels, and its a is annot"):
+            truth([Object("a", *corners, False)], ("a",), **size)
+
+
+def test_a_box_outside_of_its_image_is_refused_when_the_folder_is_read(tmp_path):
+    toy_voc.make(tmp_path, "2007", {"trainval": 2, "test": 2}, side=64)
+    annotation = tmp_path / "VOC2007" / "Annotations" / "000002.xml"
+    annotation.write_text(re.sub(r"<xmax>\d+", "<xmax>99", annotation.read_text()))
+    with pytest.raises(ValueError, match=r"000002\.jpg has .* is annotated at x \d+ to 99, y "):
+        read(tmp_path)
 
 
 def test_boxes_enclose_what_the_pictures_show(devkit):
@@ -440,6 +461,16 @@ def test_what_can_t_be_measured_is_refused(devkit, tmp_path):
     annotation = tmp_path / "VOC2007" / "Annotations" / "000003.xml"
     annotation.write_text(annotation.read_text().replace("ball", "cat").replace("crate", "cat"))
     with pytest.raises(ValueError, match="cat are in the test split and in no training"):
+        read(tmp_path)
+    annotation.write_text("<annotation></annotation>")
+    other = annotation.with_name("000004.xml")  # difficult objects are the second's
+    other.write_text(other.read_text().replace("<difficult>0", "<difficult>1"))
+    with pytest.raises(ValueError, match="the 2 images of 2007/test have no object that is not"):
+        read(tmp_path)
+    images = tmp_path / "VOC2007" / "JPEGImages"
+    for name in ("000003.jpg", "000004.jpg"):
+        (images / name).write_bytes(b"no image")
+    with pytest.raises(ValueError, match="none of the 2 images of 2007/test can be decoded"):
         read(tmp_path)
     (tmp_path / "VOC2007" / "JPEGImages" / "000002.jpg").unlink()
     with pytest.raises(ValueError, match=r"1 images are annotated and not there: .*000002\.jpg"):

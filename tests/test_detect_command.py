@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -86,6 +87,27 @@ def test_the_losses_of_two_images_seen_again_and_again_fall_by_half(tmp_path):
     losses = [line["loss"] for line in journal.read(out)]
 
     assert sum(losses[-5:]) < sum(losses[:5]) / 2
+
+
+def test_other_images_or_objects_to_learn_from_are_another_training(devkit, tmp_path, capfd):
+    root = shutil.copytree(devkit, tmp_path / "VOCdevkit")
+    out = tmp_path / "out"
+    command = ["detect", *SMALL, "detect.steps=1", f"data.root={root}", f"evaluate.out={out}"]
+    split = root / "VOC2007" / "ImageSets" / "Main" / "trainval.txt"
+    annotation = root / "VOC2007" / "Annotations" / "000001.xml"
+    stems, objects = split.read_text(), annotation.read_text()
+    assert evaluate.main(command) == 0
+    split.write_text("".join(stems.splitlines(keepends=True)[:5]))
+    assert evaluate.main(command) == 0
+    split.write_text(stems)
+    annotation.write_text(objects.replace("<difficult>0", "<difficult>1"))
+    assert evaluate.main(command) == 0
+    capfd.readouterr()
+    annotation.write_text(objects)
+    assert evaluate.main(command) == 0
+
+    assert len([*out.glob("detect-c4-*")]) == 3
+    assert "going on from" in capfd.readouterr().out
 
 
 def run(devkit: Path, out: Path, say) -> None:

@@ -1,6 +1,7 @@
 """The command: tables, journal lines, mistakes in one line, and two processes that count alike."""
 
 import json
+import platform
 import shutil
 import subprocess
 import sys
@@ -9,9 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
-from fastssl import backbone_file, config, evaluate, journal
+from fastssl import backbone_file, config, evaluate, journal, trained
 from fastssl.evaluation_task import Table
+from fastssl.loader import DataError
+from fastssl.reporting import probes
 from tests import few_images
 
 SMALL = ["evaluation.resize=36", "evaluation.crop=32", "loader.threads=1", "features.batch=4"]
@@ -25,13 +29,18 @@ def data(tmp_path_factory, demo_images) -> Path:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, recipe) -> Path:
     """A run folder with a line in its metrics.jsonl."""
+    folder = saved(recipe, tmp_path_factory.mktemp("runs") / "tiny-0")
+    (folder / "metrics.jsonl").write_text('{"step": 15, "loss": 1.0}\n')
+    return folder
+
+
+def saved(recipe: Path, folder: Path, *, bias: float = 0.0) -> Path:
     made = config.load(recipe, ["data.root=/images", *SMALL[:3]])
-    folder = tmp_path_factory.mktemp("runs") / "tiny-0"
     folder.mkdir()
     torch.manual_seed(0)
     backbone = made.backbone.module.backbone(made.backbone.options)
+    backbone.state_dict()["second.bias"].add_(bias)
     backbone_file.save_backbone(folder, backbone, made, step=15)
-    (folder / "metrics.jsonl").write_text('{"step": 15, "loss": 1.0}\n')
     return folder
 
 
@@ -54,6 +63,13 @@ def test_a_run_gives_a_table_and_a_line_in_its_journal(data, run, tmp_path, caps
     assert (line["step"], line["probe"], line["stage"]) == (15, "knn", "pool")
     assert (line["neighbours"], line["val_images"], line["train_images"]) == (5, 9, 21)
     assert 9 * line["accuracy"] == pytest.approx(round(9 * line["accuracy"]))
+    conditions = {
+        "data": str(data),
+        "graph": "pipelines.evaluation",
+        **{"graph_resize": 36, "graph_crop": 32, "seed": 0, "computed_in": "fp32"},
+        "weights": trained.load(str(run)).weights[:12],
+    }
+    assert conditions == {key: line[key] for key in conditions}
     row = next(text for text in printed.splitlines() if "tiny-0 " in text)
     assert f"{100 * line['accuracy']:.1f}" in row
     assert "pool" in row
@@ -68,12 +84,159 @@ def test_the_same_again_adds_a_line_and_reads_no_image(data, run, tmp_path, caps
     assert "tiny-0 from" in capsys.readouterr().out
 
 
+def test_the_report_tells_probes_apart_by_what_they_were_measured_on(data, run, tmp_path):
+    for graph in ("evaluation.crop=32", "evaluation.crop=24", "evaluation.crop=32"):
+        assert evaluate.main([*command(data, tmp_path, str(run)), graph]) == 0
+    lines = journal.read(run)[1:]
+    (probe,) = probes.measured([lines])
+
+    assert probes.separating("knn", [lines]) == {"graph_crop"}
+    assert {row.settings for row in probe.rows} == {"graph_crop 32", "graph_crop 24"}
+    assert "computed_in fp32" in probe.shared
+    assert not {"graph", "data", "computed_in", "weights"} & {*probe.results}
+
+
+def test_no_more_neighbours_are_asked_than_there_are_images(data, run, tmp_path, capsys):
+    neighbours = "knn.neighbours=[200,5,30]"
+    assert evaluate.main([*command(data, tmp_path, str(run)), neighbours]) == 0
+    line = journal.read(run)[-1]
+    printed = capsys.readouterr().out
+
+    assert line["neighbours"] == 21
+    assert {k for k, *_ in line["sweep_accuracies"]} == {21, 5}
+    assert "knn: k 200, 30 -> 21: there are 21 training images" in printed
+    assert "top-5 at k=21" in printed
+
+
+@pytest.mark.parametrize("key", ["knn.stages", "features.stages"])
+def test_stages_are_those_given_and_a_wrong_one_is_blamed_on_its_key(
+    data, run, tmp_path, capsys, key
+):
+    asked = command(data, tmp_path, str(run))
+    assert evaluate.main([*asked, f"{key}=[first]"]) == 0
+    assert journal.read(run)[-1]["stage"] == "first"
+    capsys.readouterr()
+    assert evaluate.main([*asked, f"{key}=[layer9]"]) == 2
+    assert f"error: {key}: the backbone has no layer9" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("what", "key", "stage"),
+    [
+        ("svm", "svm.stages", "[layer9]"),
+        ("fewlabels", "fewlabels.stage", "layer9"),
+        ("linear", "features.stages", "[layer9]"),
+    ],
+)
+def test_other_commands_blame_a_wrong_stage_on_its_key_too(
+    data, run, tmp_path, capsys, what, key, stage
+):
+    common = [each for each in command(data, tmp_path, str(run)) if "knn" not in each]
+    assert evaluate.main([what, *common, f"{key}={stage}"]) == 2
+    assert f"error: {key}: the backbone has no layer9" in capsys.readouterr().err
+
+
+def test_what_earlier_runs_gave_is_shown_when_a_later_one_fails(
+    data, run, recipe, tmp_path, capsys
+):
+    overflows = saved(recipe, tmp_path / "large-0", bias=1e6)
+    asked = command(data, tmp_path, str(run), str(overflows), "features.dtype=float16")
+    code = evaluate.main(asked)
+    said = capsys.readouterr()
+
+    assert code == 2
+    assert "tiny-0" in said.out.split("kNN accuracy")[1]
+    assert said.err.startswith("error: the features of stage pool are NaN or infinite")
+
+
+def test_sizes_that_nothing_says_are_told(data, run, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    alone = tmp_path / "alone.safetensors"
+    shutil.copy(next(run.glob("*.safetensors")), alone)
+    network = "backbone.use=tests.tiny_backbone"
+    plain = [each for each in command(data, tmp_path, str(alone), network)]
+    assert evaluate.main([each for each in plain if "evaluation." not in each]) == 0
+    assert "resize 256, crop 224 assumed; else give evaluation.resize=" in capsys.readouterr().out
+    assert evaluate.main(command(data, tmp_path, str(run))) == 0
+    assert evaluate.main(plain) == 0
+    assert "assumed" not in capsys.readouterr().out
+
+
+def test_out_may_begin_with_the_home_folder(data, run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    alone = ["evaluate.out=~/there", f"random:{run}"]
+    assert evaluate.main([*command(data, tmp_path), *alone]) == 0
+
+    assert len(journal.read(tmp_path / "there")) == 1
+
+
+@pytest.mark.parametrize(
+    ("rank", "local", "told"),
+    [("0", "0", "error: "), ("8", "0", "error (rank 8 on "), ("9", "1", "")],
+)
+def test_a_mistake_is_told_once_a_machine(monkeypatch, capsys, rank, local, told):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("LOCAL_RANK", local)
+    assert evaluate.main(["knn"]) == 2
+    said = capsys.readouterr().err
+
+    assert said.startswith(told)
+    assert said.count("\n") == (1 if told else 0)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (DataError("no image"), 2, "error (rank 1 on HOST): no image\n"),
+        (OSError("no disk"), 1, "error (rank 1 on HOST): no disk\n"),
+        (ValueError("no such stage"), 2, ""),  # all know: features tells it to all of them
+    ],
+)
+def test_what_one_process_alone_meets_is_told_by_it(
+    monkeypatch, capsys, tmp_path, error, code, told
+):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    evaluate.failed(error)
+    assert capsys.readouterr().err == ""  # before there are others: they meet it too
+    dist.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        assert evaluate.failed(error) == code
+    finally:
+        dist.destroy_process_group()
+
+    assert capsys.readouterr().err == told.replace("HOST", platform.node())
+
+
 def test_half_a_line_of_a_killed_run_is_not_glued_to(data, run, tmp_path, capsys):
     (run / "metrics.jsonl").write_text('{"step": 15, "los')
     assert evaluate.main(command(data, tmp_path, str(run))) == 0
 
     assert "ends in half a line" in capsys.readouterr().out
     assert (run / "metrics.jsonl").read_text() == '{"step": 15, "los'
+
+
+def test_a_journal_that_can_t_be_written_costs_a_warning_and_not_the_table(
+    data, run, tmp_path, capsys
+):
+    (run / "metrics.jsonl").unlink()
+    (run / "metrics.jsonl").mkdir()
+    assert evaluate.main(command(data, tmp_path, str(run))) == 0
+    printed = capsys.readouterr().out
+
+    assert f"warning: {run / 'metrics.jsonl'} can't be written: Is a directory" in printed
+    assert any("tiny-0 " in text and "pool" in text for text in printed.splitlines())
+
+
+def test_a_folder_that_can_t_be_made_costs_a_warning_and_not_the_table(data, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    out = f"evaluate.out={tmp_path / 'file' / 'out'}"
+    assert evaluate.main(command(data, tmp_path, "random:resnet10", "backbone.width=4", out)) == 0
+    printed = capsys.readouterr().out
+
+    assert "can't be written: Not a directory" in printed
+    assert any("random:resnet10 " in text for text in printed.splitlines())
 
 
 def test_several_runs_are_rows_of_one_table(data, run, recipe, tmp_path, capsys, monkeypatch):
@@ -134,6 +297,7 @@ def test_fractions_are_printed_in_per_cent_and_other_numbers_as_they_are(capsys)
     [
         (["knm", "x"], r"knm: no such evaluation; did you mean 'knn'?"),
         (["knn"], "knn: no RUN"),
+        (["knn", "runs/x", "runs/x/"], "knn: RUN runs/x/ is given twice: leave one out"),
         (["knn", "x", "knn.neighbors=[1]"], "knn.neighbors: unknown key; did you mean"),
         (["knn", "x", "knn.neighbours=1"], "a list of int, got 1 (write [1])"),
         (["knn", "x", "knn.neighbours=[0]"], "neighbours ([0]) must be positive"),
@@ -167,7 +331,7 @@ def test_help_lists_the_commands_and_the_keys_of_one(capsys):
 
     assert all(f"\n  {what} " in listed for what in evaluate.WHAT)
     assert "knn.neighbours=[20, 1, 5," in keys
-    assert "features.size=9000" in keys
+    assert "features.size=null" in keys
     assert evaluate.main([]) == 2
 
 

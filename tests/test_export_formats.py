@@ -1,8 +1,10 @@
 """An export is read back by the other side, compared, and complete; or nothing is written."""
 
 import hashlib
+import json
 import sys
 import warnings
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -10,11 +12,12 @@ import timm
 import torch
 import torchvision
 from PIL import Image
-from timm.data.config import resolve_model_data_config
+from timm.data.config import resolve_data_config, resolve_model_data_config
+from timm.data.transforms_factory import create_transform
 from torch import nn
 from torchvision.transforms import v2
 
-from fastssl import backbone_file, export_formats, patch_network, trained
+from fastssl import backbone_file, classifier, export_formats, patch_network, trained
 from fastssl.backbones import named, nin, resnet
 from fastssl.config import RecipeError
 from pipelines import evaluation_patches
@@ -197,17 +200,125 @@ def test_timm_missing_is_named_with_its_extra(small, tmp_path, monkeypatch):
 
 def test_an_earlier_export_is_replaced_and_nothing_else_is(small, tmp_path):
     folder = export_formats.export_to(small, "safetensors", tmp_path / "a", say=quietly)
-    (folder / "stale").touch()
     export_formats.export_to(small, "torchscript", folder, say=quietly)
     files = {path.name for path in folder.iterdir()}
-    taken = tmp_path / "b"
-    taken.mkdir()
-    (taken / "thesis.tex").touch()
-    with pytest.raises(RecipeError, match=r"b: holds other files; name a new folder"):
-        export_formats.export_to(small, "torchscript", taken, say=quietly)
 
     assert files == {"model.pt", "README.md", "SHA256SUMS"}
-    assert [path.name for path in taken.iterdir()] == ["thesis.tex"]
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("added", "message"),
+    [
+        ("notes.txt", r"a: holds notes.txt; name a new folder"),
+        ("run/", r"a: holds run; name a new folder"),
+        ("README.md", r"a: holds README.md, and is no export of fastssl; name a new folder"),
+    ],
+)
+def test_an_export_beside_other_files_is_kept_and_the_first_of_them_named(
+    small, tmp_path, added, message
+):
+    folder = export_formats.export_to(small, "safetensors", tmp_path / "a", say=quietly)
+    if added.endswith("/"):
+        (folder / added).mkdir()
+    else:
+        (folder / added).write_text("mine")
+    before = {path.name for path in folder.iterdir()}
+    with pytest.raises(RecipeError, match=message):
+        export_formats.export_to(small, "torchscript", folder, say=quietly)
+
+    assert {path.name for path in folder.iterdir()} == before
+
+
+def test_sums_of_other_files_make_no_export(small, tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    digest = hashlib.sha256(b"years of work").hexdigest()
+    (tmp_path / "SHA256SUMS").write_text(f"{digest}  thesis.tex\n")
+    with pytest.raises(RecipeError, match=r"holds thesis.tex, and is no export of fastssl; name"):
+        export_formats.export_to(small, "torchscript", tmp_path, say=quietly)
+
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_link_is_followed_and_left(small, tmp_path):
+    folder = export_formats.export_to(small, "safetensors", tmp_path / "a", say=quietly)
+    (tmp_path / "link").symlink_to(folder)
+    found = export_formats.export_to(small, "torchscript", tmp_path / "link", say=quietly)
+
+    assert found == folder
+    assert (folder / "model.pt").exists()
+    assert (tmp_path / "link").is_symlink()
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "link"}
+
+
+def test_an_export_that_cannot_be_replaced_stays(small, small_disk):
+    written = export_formats.export_to(small, "safetensors", None, say=quietly)
+    for path in written.iterdir():
+        (small_disk / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(RecipeError, match="disk could not be replaced: Device or resource busy"):
+        export_formats.export_to(small, "torchscript", small_disk, say=quietly)  # a mount
+
+    assert {path.name for path in small_disk.iterdir()} == {path.name for path in written.iterdir()}
+    assert [path.name for path in small_disk.parent.iterdir()] == [small_disk.name]
+
+
+@pytest.mark.parametrize("crop", [64, 224])
+def test_timm_resizes_to_every_size_that_its_crop_was_taken_of(crop):
+    for resize in range(crop, 2 * crop):
+        part = json.loads(json.dumps(export_formats.crop_pct(crop, resize)))
+
+        assert sizes({"input_size": (3, crop, crop), "crop_pct": part}) == (resize, (crop, crop))
+
+
+def test_a_config_for_timm_prepares_images_at_the_sizes_of_the_run(tmp_path):
+    assert int(64 / (64 / 93)) == 92  # a plain quotient loses a pixel
+    options = resnet.Options(name="resnet18")
+    ours = a_run(tmp_path / "run", resnet, options, resize=93, crop=64)
+    folder = export_formats.export_to(ours, "timm", tmp_path / "out", say=quietly)
+
+    assert sizes(config_for_timm(folder)) == (93, (64, 64))
+
+
+def test_the_default_sizes_are_written_where_a_run_leaves_them_out(tmp_path):
+    ours = trained.load("random:resnet18")
+    folder = export_formats.export_to(ours, "timm", tmp_path / "out", say=quietly)
+
+    assert ours.preprocessing[1] == {}
+    assert sizes(config_for_timm(folder)) == (256, (224, 224))
+    card = (folder / "README.md").read_text()
+    assert "Short side resized to 256 pixels" in card
+
+
+def config_for_timm(folder) -> dict:
+    network = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    return resolve_data_config({}, model=network)
+
+
+def sizes(config: dict) -> tuple[int, tuple[int, int]]:
+    """To which timm's own transforms resize the short side and cut the middle."""
+    made: Any = create_transform(**config)
+    steps = {type(step).__name__: step for step in made.transforms}
+    return steps["Resize"].size, tuple(steps["CenterCrop"].size)
+
+
+def test_the_head_goes_along_and_classifies_as_the_runs_does(tmp_path, images):
+    recipe = {"objective": {"use": "fastssl.objectives.supervised", "label_smoothing": 0.1}}
+    options = resnet.Options(name="resnet10", width=8)
+    ours = a_run(tmp_path / "run", resnet, options, recipe=recipe)
+    names = ("ant", "bee", "cat")
+    classifier.save_head(tmp_path / "run", nn.Linear(64, 3), names)
+    folder = export_formats.export_to(ours, "safetensors", tmp_path / "out", say=quietly)
+    found, of_run = classifier.load(folder), classifier.load(tmp_path / "run")
+    said: list[str] = []
+    without = export_formats.export_to(ours, "torchscript", tmp_path / "without", say=said.append)
+
+    assert found.classes == names
+    assert torch.equal(features(found, images), features(of_run, images))
+    assert "head.safetensors is the head of 3 classes" in (folder / "README.md").read_text()
+    assert "head.safetensors" in (folder / "SHA256SUMS").read_text()
+    told = "the head of 3 classes is not in it: --to safetensors takes it along"
+    assert told in (without / "README.md").read_text()
+    assert f"note: {told}" in said
 
 
 def test_a_full_disk_leaves_nothing(small_disk, tmp_path):

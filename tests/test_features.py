@@ -1,9 +1,13 @@
 """Frozen features: a row an image, equal to a plain loop's, kept, and made anew when damaged."""
 
 import fcntl
+import importlib
+import importlib.metadata
 import json
 import os
 import shutil
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +19,9 @@ from accelerate import Accelerator
 from fastssl import features, labelled, representation
 from fastssl.config import Part
 from fastssl.loader import Options as Loading
-from pipelines import evaluation, evaluation_patches
+from pipelines import evaluation, evaluation_patches, ops, random_crop
 from pipelines.readers import folder
-from tests import few_images
+from tests import few_images, tiny_backbone
 from tests.few_images import tiny
 
 SMALL = Part("pipelines.evaluation", evaluation, evaluation.Options(resize=36, crop=32))
@@ -40,7 +44,15 @@ def split_of(root: Path, name: str = "train") -> labelled.Split:
     return train if name == "train" else val
 
 
-def extract(split, cache: Path, *, trained=None, graph=SMALL, said=None, **options):
+def extract(
+    split,
+    cache: Path,
+    *,
+    trained=None,
+    graph=SMALL,
+    said=None,
+    **options,
+):
     return features.extract(
         trained or tiny(),
         split,
@@ -122,17 +134,112 @@ def test_a_second_time_nothing_is_read_again_and_fewer_stages_are_found_in_all(d
     [
         {"trained": tiny(1)},
         {"trained": tiny(standardize="joint")},
+        {"trained": replace(tiny(), use="fastssl.backbones.resnet")},
+        {"trained": replace(tiny(), options={"width": 8, "name": "timm:none"})},
         {"graph": Part(SMALL.use, evaluation, evaluation.Options(resize=37, crop=32))},
+        {"graph": Part("pipelines.random_crop", random_crop, SMALL.options)},
+        {"loading": Loading(threads=1, decoder="cpu")},
         {"dtype": "float16"},
         {"pool": "avg"},
         {"size": 8},
     ],
-    ids=["weights", "standardize", "graph", "dtype", "pool", "size"],
+    ids=[
+        *("weights", "standardize", "backbone", "backbone's options", "graph", "another graph"),
+        *("decoder", "dtype", "pool", "size"),
+    ],
 )
 def test_what_changes_the_values_changes_the_folder(data, tmp_path, changed):
     split = split_of(data, "val")
 
-    assert extract(split, tmp_path).folder != extract(split, tmp_path, **changed).folder
+    assert fingerprint(split) != fingerprint(split, **changed)
+
+
+def fingerprint(split, *, trained=None, graph=SMALL, loading=None, on=("cpu", "no"), **options):
+    """Of what would be extracted."""
+    how = features.Options(**options), loading or Loading(threads=1), *on
+    return json.dumps(features.depends_on(trained or tiny(), split, graph, *how), sort_keys=True)
+
+
+def test_the_rows_the_device_and_the_precision_change_the_folder(data):
+    split = split_of(data, "val")
+    fewer = replace(split, rows=split.rows[:-1], labels=split.labels[:-1])
+    others = replace(split, rows=np.array([*split.rows[1:], split.rows[0]]))
+    found = [
+        fingerprint(split),
+        fingerprint(fewer),
+        fingerprint(others),
+        fingerprint(split, on=("cuda", "no")),
+        fingerprint(split, on=("cpu", "bf16")),
+    ]
+
+    assert len({*found}) == 5
+    assert fingerprint(split, pool="max", size=9000, batch=7) == found[0]
+    of_timm = replace(tiny(), options={"name": "timm:none"})
+    libraries = [
+        json.loads(text)["libraries"] for text in (found[0], fingerprint(split, trained=of_timm))
+    ]
+    assert [{*each} for each in libraries] == [
+        {"dali", "torch", "torchvision"},
+        {"dali", "torch", "torchvision", "timm"},
+    ]
+    assert libraries[0]["torch"] == importlib.metadata.version("torch")
+
+
+GRAPH = """
+from drawn_graphs import parts
+from pipelines.evaluation import Options, graph
+"""
+
+
+@pytest.mark.parametrize("changed", ["drawn_graphs.crops", "drawn_graphs.parts", "pipelines.ops"])
+def test_another_source_of_the_graph_or_of_what_it_imports_is_another_folder(
+    data, tmp_path, monkeypatch, changed
+):
+    package = tmp_path / "drawn_graphs"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "parts.py").write_text("LIGHT = 1\n")
+    (package / "crops.py").write_text(GRAPH)
+    (tmp_path / "ops.py").write_bytes(Path(ops.__file__).read_bytes())
+    monkeypatch.syspath_prepend(tmp_path)
+    module = importlib.import_module("drawn_graphs.crops")
+    split, graph = split_of(data, "val"), Part("drawn_graphs.crops", module, SMALL.options)
+    monkeypatch.setattr(ops, "__file__", str(tmp_path / "ops.py"))
+    before = [fingerprint(split, graph=graph) for _ in range(2)]
+    with Path(str(sys.modules[changed].__file__)).open("a") as source:
+        source.write("# a change\n")
+    after = fingerprint(split, graph=graph)
+    for name in ("drawn_graphs.crops", "drawn_graphs.parts", "drawn_graphs"):
+        del sys.modules[name]
+
+    assert before[0] == before[1] != after
+
+
+def test_another_source_of_the_backbone_is_another_folder(data, tmp_path, monkeypatch):
+    copy = tmp_path / "tiny_backbone.py"
+    copy.write_bytes(Path(tiny_backbone.__file__).read_bytes())
+    monkeypatch.setattr(tiny_backbone, "__file__", str(copy))
+    split = split_of(data, "val")
+    before = fingerprint(split)
+    copy.write_text(copy.read_text() + "# a change\n")
+
+    assert fingerprint(split) != before
+
+
+@pytest.mark.parametrize("limit", [None, 5])
+def test_a_file_written_anew_in_the_same_size_is_another_folder(data, tmp_path, limit):
+    root = shutil.copytree(data, tmp_path / "images")
+    options = folder.Options(root=str(root), limit=limit)
+
+    def now() -> str:
+        return fingerprint(labelled.splits(folder, options, cache=None, say=lambda _: None)[1])
+
+    before, same, path = now(), now(), next((root / "val").rglob("*.jpg"))
+    path.write_bytes(path.read_bytes()[:-10] + bytes(10))
+    for each in (root / "val").rglob("*.jpg"):
+        os.utime(each)
+
+    assert before == same != now()
 
 
 def test_other_files_under_the_same_names_have_another_folder(data, tmp_path, demo_images):

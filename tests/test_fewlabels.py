@@ -1,24 +1,31 @@
 """Few labels by the command line: linear and fine-tuned, on images drawn of each class."""
 
 import json
+import os
 import shutil
+import signal
+import threading
+import time
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
+from accelerate.state import AcceleratorState
 from sklearn.linear_model import LogisticRegression
 
 from fastssl import evaluate, journal, train
 from fastssl.evaluations import fewlabels
 from pipelines.readers import folder
 
-TRAIN, VAL = 12, 4  # images of each of four classes
+CLASSES, TRAIN, VAL = 6, 12, 4  # images of each class
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory, demo_images) -> Path:
     root = tmp_path_factory.mktemp("data")
-    for source in sorted((demo_images / "train").iterdir())[:4]:
+    for source in sorted((demo_images / "train").iterdir())[:CLASSES]:
         for split, each in (("train", TRAIN), ("val", VAL)):
             (root / split / source.name).mkdir(parents=True)
             for file in sorted((demo_images / split / source.name).iterdir())[:each]:
@@ -76,51 +83,166 @@ def test_linear_is_scikit_learn_s_on_the_images_that_the_reader_takes(
     found = {}
     for about in (tmp_path / "features").rglob("features.json"):
         (values,) = [np.load(each) for each in about.parent.glob("pool*.npy")]
-        split = "train" if len(values) == 4 * TRAIN else "val"
+        split = "train" if len(values) == CLASSES * TRAIN else "val"
         found[split] = values
-    accuracies = []
+    accuracies, in_five = [], []
     for seed in (3, 4):
         options = folder.Options(root=str(data / "train"), per_class=5, subset_seed=seed)
         few_samples = folder.list_samples(options, cache=None, say=print)
         chosen = {few_samples.path(row) for row in range(len(few_samples))}
-        rows = [row for row in range(4 * TRAIN) if whole["train"].path(row) in chosen]
-        assert len(rows) == 20
+        rows = [row for row in range(CLASSES * TRAIN) if whole["train"].path(row) in chosen]
+        assert len(rows) == 30
         labels = whole["train"].labels
         assert labels is not None
         model = LogisticRegression(C=1 / (0.1 * len(rows)), tol=1e-8, max_iter=5000)
         model.fit(found["train"][rows].astype(np.float64), labels[rows])
-        accuracies.append(model.score(found["val"].astype(np.float64), whole["val"].labels))
+        scores = model.decision_function(found["val"].astype(np.float64))
+        best = np.argsort(-scores, axis=1)
+        of_val = whole["val"].labels
+        assert of_val is not None
+        truth = of_val[:, None]
+        accuracies.append((best[:, :1] == truth).mean())
+        in_five.append((best[:, :5] == truth).any(axis=1).mean())
 
     assert line["accuracies"] == pytest.approx(accuracies)
     assert line["accuracy"] == pytest.approx(np.mean(accuracies))
-    assert line["std"] == pytest.approx(np.std(accuracies))
-    assert line["images"] == 20
-    assert line["labels"] == "5 of each class"
-    assert f"{100 * np.mean(accuracies):.1f} +- {100 * np.std(accuracies):.1f}" in printed
+    assert line["std"] == pytest.approx(np.std(accuracies, ddof=1))
+    assert line["top5"] == pytest.approx(np.mean(in_five))
+    assert line["top5"] < 1
+    assert line["images"] == 30
+    assert (line["labels"], line["per_class"]) == ("5 of each class", 5)
+    assert f"{100 * np.mean(accuracies):.1f} +- {100 * np.std(accuracies, ddof=1):.1f}" in printed
 
 
-def test_finetuning_is_a_run_of_its_own_that_is_not_repeated(command, copy, capsys, data):
+@pytest.fixture
+def _fresh_accelerator():
+    """Accelerate keeps the precision of the process's first Accelerator."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def stop_when(there, asked: list[int]) -> threading.Thread:
+    """Sends this process a SIGTERM once `there` has a file; `asked` gets the children's ids."""
+
+    def watch():
+        deadline = time.monotonic() + 60
+        while not there() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if there():
+            asked.extend(child.pid for child in psutil.Process().children())
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return thread
+
+
+# Every option of fine-tuning, none as by default: key of the child's recipe -> value there.
+ASKED = {
+    "epochs": 2,
+    "lr": 0.02,
+    "head_lr": 10.0,
+    "milestones": [1.0],
+    "batch": 16,
+    "steps": 3,
+    "train_stages": 1,
+    "image_area": [0.3, 0.9],
+    "layer_decay": 0.75,
+    "mixup": 0.2,
+}
+PLACES = {
+    "objective": ("train_stages", "mixup"),
+    "pipeline": ("image_area",),
+    "optim": ("lr", "head_lr", "milestones", "layer_decay"),
+    "train": ("epochs", "batch"),
+}
+
+
+@pytest.mark.usefixtures("_fresh_accelerator")
+def test_finetuning_is_a_run_of_its_own_that_goes_on_and_is_not_repeated(command, copy, capsys):
+    assert {*ASKED} == {*fewlabels._OF_METHOD["finetune"]}
     given = ["fewlabels.method=[finetune]", "fewlabels.fractions=[0.25]", "fewlabels.seeds=[1]"]
-    short = ["fewlabels.epochs=2", "fewlabels.milestones=[1]"]
-    assert evaluate.main(command(copy, *given, *short)) == 0
-    assert "fine-tuning on 12 images" in capsys.readouterr().out
+    given += [f"fewlabels.{key}={value}" for key, value in ASKED.items()]
+    line = command(copy, *given, "evaluate.precision=bf16")
+    of_child: list[int] = []
+    folders = copy / "evaluations" / "fewlabels"
+    thread = stop_when(lambda: [*folders.glob("fraction-0.25-seed-1-*.log")], of_child)
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main(line)
+    thread.join()
+    assert stopped.value.code == 75
+    assert "the same command goes on" in capsys.readouterr().out
+    assert of_child
+    assert not any(map(psutil.pid_exists, of_child))
+    assert not lines(copy)
+
+    assert evaluate.main(line) == 0
+    assert "fine-tuning on 18 images" in capsys.readouterr().out
     (out,) = (each.parent for each in copy.glob("evaluations/fewlabels/fraction-*/backbone.json"))
+    assert {f"{out.name}.yaml", f"{out.name}.log"} < {each.name for each in folders.iterdir()}
     card = json.loads((out / "backbone.json").read_text())
-    assert evaluate.main(command(copy, *given, *short)) == 0
+    assert evaluate.main([*line, "loader.threads=1", "loader.prefetch=1"]) == 0  # no other run
     again = capsys.readouterr().out
     first, second = lines(copy)
-    heads = [line for line in journal.read(out) if line.get("probe") == "val"]
+    head = [line for line in journal.read(out) if line.get("probe") == "val"][-1]
 
     assert "fine-tuning on" not in again
     assert first == second
-    assert first["accuracy"] == heads[-1]["accuracy"]
-    assert first["top5"] == 1.0  # of four classes
-    assert card["step"] == 2  # 12 images are less than a batch of 256
-    assert card["recipe"]["data"]["fraction"] == 0.25
-    assert card["recipe"]["data"]["subset_seed"] == card["recipe"]["train"]["seed"] == 1
-    assert card["recipe"]["train"]["batch"] == 12
-    assert card["recipe"]["pipeline"]["image_size"] == 32
-    assert card["recipe"]["optim"]["weight_decay"] == 0.0
+    assert (first["accuracy"], first["top5"]) == (head["accuracy"], head["top5"])
+    assert (first["fraction"], first["labels"]) == (0.25, "25 %")
+    assert not {"std", "top5_std"} & {*first}  # of one seed
+    recipe = card["recipe"]
+    for section, keys in PLACES.items():
+        assert {key: recipe[section][key] for key in keys} == {key: ASKED[key] for key in keys}
+    assert card["step"] == 4  # 2 epochs of 18 images, 16 a batch
+    assert recipe["data"]["fraction"] == 0.25
+    assert recipe["data"]["subset_seed"] == recipe["train"]["seed"] == 1
+    assert recipe["train"]["precision"] == "bf16"
+    assert recipe["pipeline"]["image_size"] == 32
+    assert (recipe["optim"]["weight_decay"], recipe["optim"]["nesterov"]) == (0.0, True)
+    assert (recipe["optim"]["momentum"], recipe["optim"]["lr_batch"]) == (0.9, None)
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("limit=8", "data.limit (8): fewlabels draws its images itself"),
+        ("fraction=0.5", "or give fewlabels.fractions"),
+        ("per_class=3", "or give fewlabels.per_class"),
+    ],
+)
+def test_a_subset_that_data_takes_is_refused(command, copy, capsys, key, said):
+    assert evaluate.main(command(copy, f"data.{key}")) == 2
+
+    told = capsys.readouterr().err
+    assert said in told
+    assert len(told.splitlines()) == 1
+
+
+def test_what_the_figures_of_finetuning_cannot_tell_is_said(command, copy, capsys, monkeypatch):
+    monkeypatch.setattr(fewlabels, "_finetune", lambda *_: (0.5, 1.0))  # trains for minutes
+    patches = ["evaluation.use=pipelines.evaluation_patches", "evaluation.crop=48"]
+    patches += ["evaluation.resize=48", "fewlabels.seeds=[0]", "fewlabels.fractions=[1.0]"]
+    assert evaluate.main(command(copy, *patches, "fewlabels.updates=2")) == 0
+    told = capsys.readouterr().out
+
+    assert "linear is on features of pipelines.evaluation_patches" in told
+    assert "tested on whole images (pipelines.evaluation)" in told
+    assert "fraction 1: 70 epochs of 72 images are 70 steps" in told
+    assert "fewlabels.steps=1000" in told
+    assert {line["method"]: line["graph"] for line in lines(copy)} == {
+        "linear": "pipelines.evaluation_patches",
+        "finetune": "pipelines.evaluation",
+    }
+
+
+def test_enough_steps_are_not_remarked_on(command, copy, capsys, monkeypatch):
+    monkeypatch.setattr(fewlabels, "_finetune", lambda *_: (0.5, 1.0))
+    method = ["fewlabels.method=[finetune]", "fewlabels.fractions=[1.0]", "fewlabels.steps=501"]
+    assert evaluate.main(command(copy, *method)) == 0
+
+    assert "steps" not in capsys.readouterr().out
 
 
 def test_a_class_with_too_few_images_is_named_before_anything_is_extracted(
@@ -139,6 +261,11 @@ def test_a_class_with_too_few_images_is_named_before_anything_is_extracted(
         ({"fractions": (0.0,)}, r"fractions \(\[0.0\]\) must be above 0, at most 1"),
         ({"per_class": (0,)}, r"per_class \(\[0\]\) must be at least 1"),
         ({"seeds": ()}, r"seeds \(\[\]\) must be one or more"),
+        ({"seeds": (1, 0, 1)}, r"seeds \(\[1, 0, 1\]\) has a seed twice"),
+        ({"method": ("linear",), "lr": 0.1}, r"lr \(0.1\) is read by method finetune"),
+        ({"method": ("linear",), "mixup": 0.1}, "leave mixup out, or add finetune"),
+        ({"method": ("finetune",), "l2": 0.1}, r"l2 \(0.1\) is read by method linear"),
+        ({"method": ("finetune",), "stage": "first"}, "leave stage out, or add linear"),
         ({"method": ()}, "method is empty: give linear, finetune or both"),
         ({"l2": -1.0}, r"l2 \(-1.0\) must be at least 0, or null"),
         ({"batch": 0}, r"batch \(0\) must be at least 1"),
@@ -148,6 +275,14 @@ def test_a_class_with_too_few_images_is_named_before_anything_is_extracted(
 def test_options_that_cannot_be_are_refused_by_name(wrong, message):
     with pytest.raises(ValueError, match=message):
         fewlabels.Options(**wrong)
+
+
+def test_every_option_is_read_by_both_methods_or_by_one():
+    both = {"fractions", "per_class", "seeds", "method"}
+    of_one = [name for names in fewlabels._OF_METHOD.values() for name in names]
+
+    assert len(of_one) == len({*of_one})
+    assert both | {*of_one} == {field.name for field in fields(fewlabels.Options)}
 
 
 def test_few_images_are_gone_through_more_often_with_milestones_in_proportion(data):

@@ -159,11 +159,41 @@ def test_a_probe_in_between_leaves_what_is_frozen_in_evaluation(command, pretrai
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_more_stages_than_there_are_are_refused_with_their_names(command, capsys):
-    message = fails(command("objective.train_stages=3"), capsys)
+def test_frozen_norms_stay_in_evaluation_when_sync_batchnorm_puts_others_in_their_place():
+    for train_stages in (0, 2):
+        backbone = resnet.backbone(resnet.Options(name="resnet10", width=8))
+        objective = build(backbone, train_stages=train_stages)
+        before = {name: each.training for name, each in objective.named_modules()}
+        nn.SyncBatchNorm.convert_sync_batchnorm(objective).train()
+        norms = [
+            each for each in objective.backbone.modules() if isinstance(each, nn.SyncBatchNorm)
+        ]
 
-    assert "objective.train_stages (3): the backbone has 2 stages with parameters" in message
-    assert "(first, pool)" in message
+        assert {name: each.training for name, each in objective.named_modules()} == before
+        assert len(norms) == 12
+        assert sum(each.training for each in norms) == (0, 6)[train_stages // 2]
+
+
+def test_more_stages_than_there_are_are_refused_with_their_names():
+    backbone = resnet.backbone(resnet.Options(name="resnet10", width=8))
+    with pytest.raises(
+        ValueError, match=r"train_stages \(6\): the backbone has 5 stages with .*"
+    ) as e:
+        build(backbone, train_stages=6)
+
+    assert "(stem, layer1, layer2, layer3, layer4)" in str(e.value)
+
+
+def test_the_run_says_which_stages_learn_and_how_much_of_them(command, capsys):
+    assert finetune.main(command("objective.train_stages=0", "train.steps=1", out="head")) == 0
+    assert train.main(command("train.steps=1", out="all")) == 0
+    printed = capsys.readouterr().out
+    backbone = tiny_backbone.backbone(tiny_backbone.Options())
+    count = sum(each.numel() for each in backbone.parameters())
+    head = (16 + 1) * 5
+
+    assert f"learning: 0 of the backbone's {count:,} parameters, {head} of heads" in printed
+    assert f"learning: {count:,} of the backbone's {count:,} parameters, {head} of heads" in printed
 
 
 # ---- The loss ----------------------------------------------------------------------------------
@@ -277,6 +307,56 @@ def test_backbone_and_evaluation_are_those_of_the_run(data, tmp_path, checkout):
         finetune.load(path, [*given, "backbone.width=16"])
 
 
+@pytest.fixture
+def lone(pretrained, tmp_path) -> Path:
+    """The weights alone: nothing beside them says of which network."""
+    return Path(shutil.copy(pretrained / "backbone.safetensors", tmp_path / "lone.safetensors"))
+
+
+@pytest.mark.parametrize("start", [finetune, train])
+def test_a_file_without_a_card_is_of_the_recipe_s_network(start, command, lone, tmp_path, capsys):
+    given = ["train.steps=1", "optim.lr=1.0e-30"]
+    assert start.main(command(*given, weights=lone)) == 0
+    before, after = load_file(lone), load_file(tmp_path / "run" / "backbone.safetensors")
+    parameters = dict(tiny_backbone.backbone(tiny_backbone.Options()).named_parameters())
+
+    assert all(torch.equal(before[name], after[name]) for name in parameters)
+    assert start.main(command("backbone.width=4", weights=lone, out="other")) == 2
+    assert "of another shape: first.weight (8, 3, 3, 3) for (4, 3, 3, 3)" in capsys.readouterr().err
+
+
+def test_where_nothing_says_how_images_were_prepared_the_recipe_does(recipe, data, tmp_path):
+    # a card of old, which tells of no graph
+    run = tmp_path / "old"
+    given = [f"data.root={data / 'train'}", *SMALL]
+    made = config.load(recipe, given)
+    run.mkdir()
+    backbone = tiny_backbone.backbone(tiny_backbone.Options())
+    backbone_file.save_backbone(run, backbone, made, step=1)
+    card = json.loads((run / "backbone.json").read_text())
+    del card["preprocessing"]
+    (run / "backbone.json").write_text(json.dumps(card))
+    found = finetune.load(str(recipe), [given[0], f"train.weights={run}"])
+
+    assert found.values["evaluation"] == {"use": "pipelines.evaluation", "resize": 256, "crop": 224}
+    assert found.sources["evaluation.resize"] == "recipe"
+
+
+def test_a_run_that_was_moved_is_told_to_be_named_by_its_new_path(
+    command, pretrained, tmp_path, capsys
+):
+    moved = shutil.copytree(pretrained, tmp_path / "moved")
+    assert finetune.main(command("train.steps=6", weights=moved, out="half")) == 0
+    moved.rename(tmp_path / "elsewhere")
+    on = ["train.resume=" + str(tmp_path / "half")]
+    message = fails(command(*on, weights=moved, out="rest"), capsys)
+
+    assert f"{moved}: no such file" in message
+    assert "If it was moved: train.weights=PATH gives its new place" in message
+    assert len(message.splitlines()) == 1
+    assert finetune.main(command(*on, weights=tmp_path / "elsewhere", out="rest")) == 0
+
+
 def test_it_insists_on_a_run_to_start_from(recipe, data, capsys):
     message = fails([str(recipe), f"data.root={data / 'train'}"], capsys)
 
@@ -288,7 +368,7 @@ def test_weights_of_another_width_are_refused_by_name(command, capsys, tmp_path)
     message = capsys.readouterr().err
 
     assert "are not those of this recipe's backbone" in message
-    assert "of another shape: first.weight [8, 3, 3, 3] for [4, 3, 3, 3]" in message
+    assert "of another shape: first.weight (8, 3, 3, 3) for (4, 3, 3, 3)" in message
     assert not (tmp_path / "run").exists()
 
 

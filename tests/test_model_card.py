@@ -62,6 +62,54 @@ def test_a_card_has_the_last_number_of_each_probe_depth_and_settings(card):
     ]
 
 
+def test_results_are_no_settings_and_the_last_of_several_measurements_holds(tmp_path):
+    ours = a_run(tmp_path / "run", resnet, resnet.Options(name="resnet10", width=8))
+    linear = {"step": 5, "probe": "linear", "stage": "pool", "protocol": "lbfgs"}
+    lines = [
+        linear | {"accuracy": 0.5, "top5": 0.8, "features": {"pool": "max"}},
+        {"step": 5, "probe": "detect", "map": 0.8, "network": "c4", "ap": 0.5, "ap50": 0.8,
+         "ap75": 0.55, "voc_ap": 0.51, "voc_ap50": 0.81, "folder": "/home/me/x/detect"},
+        {"step": 5, "probe": "spectrum", "stage": "pool", "effective_rank": 3.2,
+         "participation_ratio": 2.0, "dead_dimensions": 0, "dimensions": 9, "mean_std": 0.1},
+        {"step": 5, "probe": "invariance", "functions": "heads", "mean": 1.1, "variance": 0.1,
+         "other_mean": 1.4, "mean_over_other_mean": 0.8, "n": 10},
+        linear | {"accuracy": 0.6, "top5": 0.9, "features": {"pool": "max"}},
+        linear | {"accuracy": 0.7, "top5": 1.0, "features": {"pool": "avg"}},
+        {"step": 5, "probe": "val", "accuracy": 0.25, "accuracies": [0.2, 0.3]},
+    ]  # fmt: skip
+    texts = [json.dumps(line) for line in lines]
+    texts[1:1] = ['{"step": 5, "pro', ""]
+    (tmp_path / "run" / "metrics.jsonl").write_text("\n".join(texts))
+    card = card_of(ours)
+    rows = [line for line in card.splitlines() if line.count("|") == 5][2:]
+
+    assert rows == [
+        "| linear | 5 | accuracy 60.0%, top5 90.0% | stage pool, protocol lbfgs, "
+        "features {'pool': 'max'} |",
+        "| linear | 5 | accuracy 70.0%, top5 100.0% | stage pool, protocol lbfgs, "
+        "features {'pool': 'avg'} |",
+        "| detect | 5 | map 80.0%, ap 50.0%, ap50 80.0%, ap75 55.0%, voc_ap 51.0%, voc_ap50 81.0% "
+        "| network c4, folder detect |",
+        "| spectrum | 5 | effective_rank 3.2, participation_ratio 2, dead_dimensions 0, "
+        "mean_std 0.1 | stage pool, dimensions 9 |",
+        "| invariance | 5 | mean 1.1, variance 0.1, other_mean 1.4, mean_over_other_mean 0.8 "
+        "| functions heads, n 10 |",
+        "| val | 5 | accuracy 25.0%, accuracies [20.0%, 30.0%] |  |",
+    ]
+    assert "2 of 9 lines of metrics.jsonl were damaged: left out." in card
+
+
+def card_of(ours) -> str:
+    compared = model_card.Compared(8, ((8, 3, 64, 64),), 0.0, 1.0, 1e-4)
+    return model_card.text(ours, "safetensors", files={}, compared=compared, code="", notes=())
+
+
+def test_a_run_without_measurements_says_so(tmp_path):
+    ours = a_run(tmp_path / "run", resnet, resnet.Options(name="resnet10", width=8))
+
+    assert "## Measured\n\nNothing was measured.\n" in card_of(ours)
+
+
 def test_the_cards_code_prepares_an_image_as_our_pipeline_does(
     card, demo_images, run_graph, tmp_path, monkeypatch
 ):

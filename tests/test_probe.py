@@ -7,7 +7,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from fastssl import probe
+from fastssl import labelled, probe
+from fastssl.config import Part
+from fastssl.head_probe import HeadProbe
 from fastssl.loader import Options
 from pipelines import evaluation, evaluation_patches
 from pipelines.readers import folder
@@ -52,6 +54,58 @@ def test_every_image_counts_once_whatever_the_batch_and_k_is_capped(data, batch)
         make(data, batch=7, neighbours=(3, 200)).accuracies(backbone, accelerator)
     )
     assert backbone.training
+
+
+class Second(torch.nn.Module):
+    """An objective to which every image is of the second class: 5 of the 9 in val are."""
+
+    def scores(self, image: torch.Tensor) -> torch.Tensor:
+        return torch.tensor([[0.0, 1.0, 0.0]]).expand(len(image), 3)
+
+
+def head_accuracy(root: Path, batch: int) -> float:
+    _, val, classes = labelled.splits(
+        folder, folder.Options(root=str(root)), cache=None, say=lambda _: None
+    )
+    options = evaluation.Options(resize=36, crop=32)
+    graph = Part("pipelines.evaluation", evaluation, options)
+    loading = Options(threads=1)
+    made = HeadProbe(val, classes, graph, batch=batch, loading=loading, say=lambda _: None)
+    top1, top5 = made.accuracies(Second(), Accelerator(cpu=True))
+
+    assert top5 == 1
+    return top1
+
+
+@pytest.mark.parametrize("batch", [2, 128])
+@pytest.mark.parametrize(("position", "right"), [(0, 4), (4, 4), (8, 5)])
+def test_an_image_that_can_t_be_decoded_lets_none_count_twice(data, batch, position, right):
+    file = sorted((data / "val").rglob("*.jpg"))[position]
+    few_images.damage(file)
+    accelerator = Accelerator(cpu=True)
+    knn = make(data, batch=batch, neighbours=(3,)).accuracies(tiny(), accelerator)
+    head = head_accuracy(data, batch)
+    file.unlink()
+    knn_without = make(data, batch=batch, neighbours=(3,)).accuracies(tiny(), accelerator)
+
+    assert head == right / 8
+    assert 8 * knn[3] == pytest.approx(round(8 * knn[3]), abs=1e-5)  # eighths: 8 images, each once
+    assert 0 < knn[3] < 1
+    assert knn == pytest.approx(knn_without)
+
+
+def test_a_neighbour_that_can_t_be_decoded_lets_none_vote_twice(data):
+    files = sorted((data / "train").rglob("*.jpg"))
+    few_images.damage(files[8])
+    few_images.damage(files[12])
+    made = make(data, neighbours=(1,))
+    features, labels, counted = made._features(
+        made._train, tiny().eval(), Accelerator(cpu=True), is_shared=True
+    )
+
+    assert len(features) == len(torch.unique(features, dim=0)) == 19
+    assert labels.tolist() == [0] * 7 + [1] * 5 + [2] * 7
+    assert counted.all()
 
 
 def test_a_class_keeps_its_number_when_val_lacks_the_first(data):

@@ -278,6 +278,18 @@ def test_several_runs_share_charts_and_what_differs_is_marked(tmp_path):
     assert f"data.root {'/nowhere/train'} {'/nowhere/train'}" in page.text
 
 
+def test_a_run_that_learns_classes_has_no_pretext_accuracy_and_tells_that_on_val(tmp_path):
+    val = [
+        {"step": s, "probe": "val", "accuracy": a, "top5": 1.0} for s, a in ((0, 0.1), (80, 0.6))
+    ]
+    page = make_page(tmp_path, make_run(tmp_path / "finetune", [*LINES, *val]))
+
+    assert "Accuracy in training (dotted: chance)" in page.charts
+    assert "pretext" not in page.text.lower()
+    assert "run loss accuracy in training chance std val, last kNN, first kNN, last" in page.text
+    assert "25.0 % 0.5 60.0 % step 80 31.2 % step 0 43.4 % step 80" in page.text
+
+
 def test_a_page_of_one_run_has_no_comparison(tmp_path, run):
     text = make_page(tmp_path, run).text
 

@@ -121,6 +121,20 @@ def test_another_recipe_is_refused_and_every_key_named(tmp_path):
     ]
 
 
+def test_a_run_from_before_a_key_existed_goes_on_where_it_stands_at_its_default(tmp_path):
+    out = a_run(tmp_path / "run", 100)
+    newer = recipe(sync_batchnorm=False)
+    newer["backbone"]["stem"] = "standard"
+    newer["optim"]["layer_decay"] = 1.0
+
+    assert run_folder.open_run(out, "auto", newer) == out / "checkpoints" / "step-00000100.pt"
+    newer["optim"]["layer_decay"] = 0.7
+    with pytest.raises(
+        RecipeError, match=r"another recipe:\n  optim.layer_decay: 1.0 there, 0.7 here"
+    ):
+        run_folder.open_run(out, "auto", newer)
+
+
 def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path):
     (tmp_path / "thesis.tex").touch()
     message = "is no run folder: it holds thesis.tex and no recipe.yaml; name a new or an empty"

@@ -121,6 +121,16 @@ def test_ignored_images_are_negatives_to_learn_from_and_no_test_images(problem: 
     np.testing.assert_array_equal(same.scores, fitted.scores[kept])
 
 
+def test_a_class_without_test_images_has_scores_and_no_precision(problem: Images):
+    train, train_labels, test, test_labels = problem
+    absent = np.full_like(test_labels, -1)
+    fitted = support_vectors.fit_class(train, train_labels, test, absent, Settings(costs=(1.0,)))
+    there = support_vectors.fit_class(*problem, Settings(costs=(1.0,)))
+
+    assert np.isnan([fitted.interpolated, fitted.average_precision]).all()
+    np.testing.assert_array_equal(fitted.scores, there.scores)
+
+
 def test_of_one_cost_nothing_is_chosen(problem: Images):
     fitted = support_vectors.fit_class(*problem, Settings(costs=(1.0,)))
 

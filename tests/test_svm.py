@@ -94,6 +94,17 @@ def features_of(folder: Path, images: int) -> np.ndarray:
     raise AssertionError(f"no features of {images} images in {folder}")
 
 
+def plain_svm(cost: float) -> LinearSVC:
+    return LinearSVC(
+        C=cost,
+        class_weight={1: 2, -1: 1},
+        dual=True,  # pyright: ignore[reportArgumentType]  # the stubs know the newer "auto" alone
+        tol=1e-4,
+        max_iter=2000,
+        random_state=0,
+    )
+
+
 def test_map_of_a_voc_set_is_that_of_a_plain_loop_over_its_classes(measured, devkit):
     lines, folder = measured
     line = next(each for each in lines if each["probe"] == "svm" and each["stage"] == "pool")
@@ -104,14 +115,7 @@ def test_map_of_a_voc_set_is_that_of_a_plain_loop_over_its_classes(measured, dev
 
     areas, plain = [], []
     for number in range(len(classes)):
-        svm = LinearSVC(
-            C=line["chosen_costs"][number],
-            class_weight={1: 2, -1: 1},
-            dual=True,  # pyright: ignore[reportArgumentType]  # the stubs know the newer "auto" alone
-            tol=1e-4,
-            max_iter=2000,
-            random_state=0,
-        )
+        svm = plain_svm(line["chosen_costs"][number])
         y = labels[:, number].copy()
         y[y == 0] = -1
         scores = svm.fit(support_vectors.unit(train), y).decision_function(
@@ -182,8 +186,45 @@ def test_class_folders_give_accuracy_too_one_against_the_rest(folders, tmp_path,
 
     assert line["accuracy"] > 0.6
     assert line["map"] > 0.6
-    assert line["data"] == "class folders"
+    assert (line["layout"], line["data"]) == ("class folders", str(folders))
     assert "accuracy" in capsys.readouterr().out
+
+
+def test_images_may_be_mistaken_for_a_class_that_val_lacks(folders, tmp_path, capsys):
+    """Box and stripe are the same images here, and val has none of box."""
+    root = tmp_path / "few"
+    for split, name, source in (
+        *(("train", "ball", "ball"), ("train", "box", "box"), ("train", "stripe", "box")),
+        *(("val", "ball", "ball"), ("val", "stripe", "box")),
+    ):
+        (root / split).mkdir(parents=True, exist_ok=True)
+        (root / split / name).symlink_to(folders / split / source)
+    cache = tmp_path / "features"
+    (line,) = run(
+        tmp_path, f"data.root={root}", f"features.cache={cache}", "svm.cost=[1]", "svm.workers=1"
+    )
+    train, test = features_of(cache, 27), features_of(cache, 10)
+    x, z = support_vectors.unit(train), support_vectors.unit(test)
+    scores = []
+    for number in range(3):
+        y = np.where(np.arange(27) // 9 == number, 1, -1)
+        scores.append(plain_svm(1).fit(x, y).decision_function(z))
+    right = np.argmax(scores, axis=0) == 2 * (np.arange(10) // 5)
+
+    assert line["accuracy"] == pytest.approx(right.mean())
+    assert right[5:].mean() < 1
+    assert list(line["by_class"]) == ["ball", "stripe"]
+    said = capsys.readouterr().out
+    assert "the mean is over 2 classes, without box: no positive image to test on" in said
+    assert "SVM, 2 classes" in said
+
+
+def test_only_the_stages_asked_for_are_extracted(folders, tmp_path):
+    cache = tmp_path / "features"
+    given = [f"data.root={folders}", f"features.cache={cache}", "svm.workers=1", "svm.cost=[1]"]
+    assert [line["stage"] for line in run(tmp_path, *given)] == ["pool"]
+
+    assert {each.name for each in cache.rglob("*.npy")} == {"pool.npy", "positions.npy"}
 
 
 def test_shots_beyond_a_class_are_left_out_with_words(folders, tmp_path, capsys):
@@ -200,6 +241,7 @@ def test_shots_beyond_a_class_are_left_out_with_words(folders, tmp_path, capsys)
         (10, 1),
     ]
     assert lines[1]["cost_chosen_on"] == "given"
+    assert "std" not in lines[1]  # of one draw
     assert "10 shots: left out, for they have fewer positive images: box (9), stripe (9)" in said
     assert "10 shots: 18 negatives, not 20" in said
     assert "no class has 50 images" in said
@@ -240,10 +282,23 @@ def test_images_that_a_list_names_and_the_folder_lacks_are_named(devkit, tmp_pat
         ("svm.costs=visl", "did you mean 'vissl'"),
         ("svm.year=2012", "VOC2012"),
         ("svm.test=nothere", "no split nothere"),
+        ("svm.draws=3", "draws (3) is for low-shot"),
+        ("svm.shots_cost=1.0", "shots_cost (1.0) is for low-shot"),
+        ("svm.costs=mm", "costs (mm) is not read beside cost ([0.1, 1.0, 10.0])"),
+        ("data.limit=9", "data.limit (9) is for class folders"),
+        ("features.stages=[layer4]", "give svm.stages=[layer4]"),
     ],
 )
 def test_a_mistake_is_one_line(devkit, capsys, argument, said):
     assert said in refused(capsys, f"data.root={devkit}", argument)
+
+
+@pytest.mark.parametrize("argument", ["svm.year=2012", "svm.train=train", "svm.test=val"])
+def test_keys_of_voc_are_refused_of_class_folders(folders, capsys, argument):
+    said = refused(capsys, f"data.root={folders}", argument)
+
+    assert f"{argument.partition('=')[0]} ({argument.partition('=')[2]}) is for VOC" in said
+    assert "leave it out" in said
 
 
 def test_neither_voc_nor_class_folders_says_what_was_looked_for(tmp_path, capsys):

@@ -3,19 +3,22 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
+import torch
 from PIL import Image
 
-from fastssl import journal, sweeping
+from fastssl import backbone_file, config, evaluate, journal, sweeping
 from fastssl.config import RecipeError
 from fastssl.evaluations import sweep
-from fastssl.sweeping import Outcome
+from fastssl.sweeping import Outcome, Runner
 
 # Two steps on a few of the built-in images, a backbone of 1,500 weights.
 SMALL = [
@@ -32,6 +35,7 @@ SMALL = [
     "train.log_steps=1",
     "probe.images=100",
 ]
+LINEAR = ["sweep.key=optim.lr", "sweep.values=[0.1]", "sweep.probe=linear"]
 GRID = ["sweep.key=train.precision", "sweep.values=[fp32, fp16]", "sweep.seeds=[3]"]
 
 
@@ -153,6 +157,10 @@ def test_every_point_is_checked_before_the_first_one_trains(recipe, tmp_path, ke
         (["sweep.kee=1"], "did you mean 'key'"),
         (["sweep.key=optim.lr", "sweep.values=0.1"], r"write \[0.1\]"),
         (["sweep.key=optim.lr", "sweep.values=[0.1]", "linear.epochs=2"], "sweep.probe=linear"),
+        ([*LINEAR, "linear.epoch=2"], "linear.epoch: unknown key; did you mean 'epochs'"),
+        ([*LINEAR, "linear.updates=0"], "must be at least 1"),
+        ([*LINEAR, "evaluate.seed=one"], "expected int or null, got 'one'"),
+        ([*LINEAR, "evaluate.out=x"], "evaluate.out: unknown key"),
         (["sweep.key=optim.lr", "sweep.values=[0.1]", "train.out=x"], "give sweep.out"),
         (["sweep.key=optim.lr", "sweep.values=[0.1]", "a.yaml"], "expected one recipe, got"),
     ],
@@ -194,18 +202,102 @@ def test_seeds_become_a_mean_and_a_spread(recipe, tmp_path):
         for point, accuracy in zip(points, accuracies, strict=True)
     ]
     options = sweep.Options(key="objective.negatives", values=(1, 1000), seeds=(0, 1))
-    about = {"keys": ["objective.negatives"], "chance": 0.1, "probe": "knn", "probe_arguments": []}
+    about = {"keys": ["objective.negatives"], "chance": 0.1, "measured": {"name": 0.3}}
     table = sweep._write(tmp_path, about, outcomes, options)
 
     spread = 0.05 * 2**0.5  # of 0.2 and 0.3, n - 1
     assert table.rows[0][:5] == ["1", 2, 0.25, pytest.approx(spread), 0.1]
     assert table.rows[1][:5] == ["1000", 1, 0.4, None, 0.1]
-    assert sweeping.measured(tmp_path, about) == {
-        str(point.folder): accuracy
-        for point, accuracy in zip(points, accuracies, strict=True)
-        if accuracy is not None
+    assert sweeping.measured(tmp_path) == {"name": 0.3}
+
+
+class Here(Runner):
+    """Does the work of a process in this one, which costs no start."""
+
+    asked: ClassVar[list[str]] = []  # the RUNs of the last command
+
+    def __init__(self) -> None:
+        super().__init__()
+        Here.asked.clear()
+
+    def run(self, module, arguments, *, processes, log=None):
+        assert (module, processes, log) == ("fastssl.evaluate", 1, None)
+        Here.asked.append(arguments[1])
+        return evaluate.main(arguments), ""
+
+
+def finish(point, seed):
+    """A finished run of the point, with random weights."""
+    torch.manual_seed(seed)
+    backbone = point.recipe.backbone.module.backbone(point.recipe.backbone.options)
+    backbone_file.save_backbone(point.folder, backbone, point.recipe, step=2)
+    (point.folder / "recipe.yaml").write_text(config.dump(point.recipe))
+
+
+@pytest.fixture
+def few(demo_images, tmp_path) -> Path:
+    """Four classes of six images, and of three to test on."""
+    for source in sorted((demo_images / "train").iterdir())[:4]:
+        for split, count in (("train", 6), ("val", 3)):
+            (tmp_path / "few" / split / source.name).mkdir(parents=True)
+            for file in sorted((demo_images / split / source.name).iterdir())[:count]:
+                shutil.copy(file, tmp_path / "few" / split / source.name)
+    return tmp_path / "few"
+
+
+def test_a_linear_probe_is_of_the_weights_that_are_there_and_once_of_each(
+    recipe, few, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(sweep, "Runner", Here)
+    out, data = tmp_path / "sweep", f"data.root={few / 'train'}"
+    keys = {"backbone.width": (2, 3), "optim.lr": (0.1, 0.2)}
+    points = plan(recipe, out, keys, overrides=[data])
+    for seed, point in enumerate(points):
+        finish(point, seed)
+    grid = ["sweep.key=backbone.width", "sweep.values=[2,3]"]
+    grid += ["sweep.key2=optim.lr", "sweep.values2=[0.1,0.2]", "sweep.plot=false"]
+    probed = ["sweep.probe=linear", "linear.updates=3", f"features.cache={tmp_path / 'features'}"]
+    line = [str(recipe), *SMALL, data, *grid, *probed, f"sweep.out={out}"]
+
+    code, table = sweep.command(line)
+    assert table is not None
+    assert code == 0
+    folders = [str(point.folder) for point in points]
+    # A network of each width, for the two learning rates of each
+    first, third = f"random:{folders[0]}", f"random:{folders[2]}"
+    assert Here.asked == [folders[0], first, folders[1], folders[2], third, folders[3]]
+    told = json.loads((out / "sweep.json").read_text())["runs"]
+    randoms = {
+        json.loads(each.read_text().splitlines()[-1])["accuracy"]
+        for each in out.glob("random-*/metrics.jsonl")
     }
-    assert sweeping.measured(tmp_path, about | {"probe": "linear"}) == {}
+    assert told[0]["random"] == told[1]["random"]
+    assert told[2]["random"] == told[3]["random"]
+    assert {each["random"] for each in told} == randoms
+    assert [row[5] for row in table.rows] == [each["random"] for each in told]
+
+    sweep.command(line)
+    assert Here.asked == []
+
+    finish(points[1], 9)  # trained anew
+    _, table = sweep.command(line)
+    assert table is not None
+    assert Here.asked == [folders[1]]
+    lines = [each for each in journal.read(points[1].folder) if each["probe"] == "linear"]
+    assert len(lines) == 4  # two stages, twice
+    assert table.rows[1][3] == lines[-1]["accuracy"]
+
+    known, others = sweeping.measured(out), ["linear.updates=4", probed[-1]]
+    assert sweep._linear(points[0], Here(), others, known)[0] is not None
+    assert (Here.asked, len(known)) == ([folders[0]], 4 + 2 + 1 + 1)
+
+
+def test_help_lists_what_a_sweep_takes():
+    lines = [line.strip() for line in sweep.usage().splitlines()]
+
+    assert 'sweep.key=""' in lines or "sweep.key=''" in lines
+    assert {"sweep.processes=1", "linear.protocol=lbfgs", "evaluate.seed=null"} <= {*lines}
+    assert not [line for line in lines if line.startswith(("weights.", "backbone."))]
 
 
 def test_wide_numbers_stand_on_a_log_axis_and_words_in_their_order():

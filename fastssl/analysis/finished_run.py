@@ -17,15 +17,20 @@ class NoCheckpoint(ValueError):
     """The heads are nowhere; the message says where they would be."""
 
 
+def recipe(trained: Trained) -> dict[str, Any]:
+    """The values of the run's recipe; empty where none is recorded, as of published weights."""
+    return (trained.card or {}).get("recipe") or {}
+
+
 def part(trained: Trained, section: str) -> Part | None:
-    """A section of the run's recipe that names a module; None where there is no run.
+    """A section of the run's recipe that names a module; None where there is no run or recipe.
 
     Raises:
         RecipeError: the module is not there, or does not know the options any more.
     """
-    if trained.card is None or section not in trained.card.get("recipe", {}):
+    if section not in recipe(trained):
         return None
-    options = dict(trained.card["recipe"][section])
+    options = dict(recipe(trained)[section])
     use = options.pop("use")
     try:
         module = importlib.import_module(use)
@@ -49,7 +54,6 @@ def pirl_with_heads(trained: Trained) -> nn.Module | None:
     found = part(trained, "objective")
     if found is None or found.use != PIRL or found.options.patch_weight == 0:
         return None
-    assert trained.card is not None, "what has an objective has a card"
     if trained.folder is None:
         raise NoCheckpoint(
             f"{trained.name} is weights alone, and PIRL's heads are in its run folder"
@@ -60,10 +64,10 @@ def pirl_with_heads(trained: Trained) -> nn.Module | None:
             f"{trained.folder / 'checkpoints'} has no checkpoint, where alone PIRL's heads are kept"
         )
     saved = checkpoint.load(path)
-    if saved.get("step") != trained.card["step"]:
+    if saved.get("step") != trained.step:
         raise RecipeError(
             f"{path} is of step {saved.get('step')}, the backbone beside it of step "
-            f"{trained.card['step']}: heads and backbone must be of one moment; finish the run"
+            f"{trained.step}: heads and backbone must be of one moment; finish the run"
         )
     backbone = part(trained, "backbone")
     assert backbone is not None, "a recipe has a backbone"

@@ -45,11 +45,20 @@ def read(root: Path, splits: tuple[str, ...]) -> dict[Path, list[voc.Object]]:
     return found
 
 
-def truth(objects: list[voc.Object], classes: tuple[str, ...]) -> Truth:
-    """The objects as arrays.
+def truth(
+    objects: list[voc.Object], classes: tuple[str, ...], *, image: Path, height: int, width: int
+) -> Truth:
+    """The objects as arrays; of a box that leaves its image by a pixel, what lies inside.
+
+    Args:
+        objects: as annotated.
+        classes: names, by number.
+        image: the file, for messages.
+        height: of the image, pixels.
+        width: likewise.
 
     Raises:
-        ValueError: one is of none of `classes`.
+        ValueError: one is of none of `classes`, or lies outside of the image.
     """
     unknown = sorted({each.name for each in objects} - set(classes))
     if unknown:
@@ -57,12 +66,26 @@ def truth(objects: list[voc.Object], classes: tuple[str, ...]) -> Truth:
             f"objects of class {', '.join(unknown)} are in the test split and in no training "
             f"split, which have {', '.join(classes)}"
         )
-    corners = [(each.xmin - 1, each.ymin - 1, each.xmax, each.ymax) for each in objects]
+    corners = [_inside(each, image, height, width) for each in objects]
     return Truth(
         np.array(corners, np.float32).reshape(-1, 4),
         np.array([classes.index(each.name) for each in objects], np.int64),
         np.array([each.difficult for each in objects], bool),
     )
+
+
+def _inside(each: voc.Object, image: Path, height: int, width: int) -> tuple[float, ...]:
+    """Left, top, right, bottom."""
+    box = (each.xmin - 1, each.ymin - 1, each.xmax, each.ymax)
+    edges = (width, height, width, height)
+    inside = tuple(min(max(0.0, at), edge) for at, edge in zip(box, edges, strict=True))
+    outside = max(abs(at - to) for at, to in zip(box, inside, strict=True))
+    if outside > 1 or inside[0] >= inside[2] or inside[1] >= inside[3]:
+        raise ValueError(
+            f"{image} has {width} x {height} pixels, and its {each.name} is annotated at x "
+            f"{each.xmin:g} to {each.xmax:g}, y {each.ymin:g} to {each.ymax:g}: mend the annotation"
+        )
+    return inside
 
 
 def moved(boxes: Tensor, original: Tensor, size: Tensor, flip: bool) -> Tensor:

@@ -1,5 +1,7 @@
 """The images of a VOC folder with what they show: listed once, then batches of both splits."""
 
+import hashlib
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -52,8 +54,8 @@ def read(
         say: told what the user should know.
 
     Raises:
-        ValueError: a file is missing or wrong, the splits share an image, or the test split has
-            objects of other classes.
+        ValueError: a file is missing or wrong, the splits share an image, a box lies outside of its
+            image, or the test split has objects of other classes or none to find.
     """
     if options.limit is not None:
         raise ValueError(f"data.limit ({options.limit}) can't be used here: splits name the images")
@@ -77,7 +79,16 @@ def read(
     if gone:
         raise ValueError(f"{len(gone)} images are annotated and not there: {gone[0]} ...")
     rows = {path: row_of[name] for path, name in path_of.items() if name in row_of}
-    truths = {row: detection_boxes.truth(everything[path], classes) for path, row in rows.items()}
+    truths = {
+        row: detection_boxes.truth(
+            everything[path],
+            classes,
+            image=path,
+            height=int(samples.height[row]),
+            width=int(samples.width[row]),
+        )
+        for path, row in rows.items()
+    }
     for path, row in rows.items():
         if path in to_train and not difficult:
             kept = ~truths[row].difficult
@@ -85,6 +96,15 @@ def read(
             truths[row] = Truth(each.boxes[kept], each.labels[kept], each.difficult[kept])
     learnt = [rows[path] for path in to_train if path in rows and len(truths[rows[path]].boxes)]
     tested = [rows[path] for path in to_test if path in rows]
+    if not tested:
+        raise ValueError(
+            f"none of the {len(to_test)} images of {test} can be decoded: nothing to test on"
+        )
+    if all(truths[row].difficult.all() for row in tested):
+        raise ValueError(
+            f"the {len(tested)} images of {test} have no object that is not marked difficult: "
+            "nothing to find, give another split (detect.test=2007/test) or its annotations"
+        )
     return Data(
         reader,
         samples,
@@ -93,6 +113,17 @@ def read(
         np.array(tested, np.int64),
         truths,
     )
+
+
+def fingerprint(data: Data) -> str:
+    """SHA-256 of what is learnt: the training images' rows and objects, and the classes."""
+    state = hashlib.sha256(json.dumps(data.classes).encode())
+    for row in data.train.tolist():
+        each = data.truths[row]
+        state.update(f" {row} {len(each.labels)} ".encode())
+        for part in (each.boxes, each.labels, each.difficult):
+            state.update(part.tobytes())
+    return state.hexdigest()
 
 
 def to_train(

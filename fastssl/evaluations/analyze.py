@@ -341,12 +341,11 @@ def _invariance(task: Task, runs: tuple[Trained, ...], options: Options) -> list
             }
             table += _rows(name, f"invariance, {kind}", each.numbers())
     _save(task, invariance.draw(panels, caption), "invariance", numbers)
-    last = task.trained.name
-    kind = "heads" if last in heads else "backbone"
-    task.log(
-        "invariance",
-        {"functions": kind, "batchnorm": options.batchnorm, **as_trained[last].numbers()},
-    )
+    for trained in runs:  # each into its own journal
+        kind = "heads" if trained.name in heads else "backbone"
+        found = as_trained[trained.name].numbers()
+        its = task if trained is task.trained else _of_other(task, trained)
+        its.log("invariance", {"functions": kind, "batchnorm": options.batchnorm, **found})
     return table
 
 
@@ -442,7 +441,13 @@ def _downstream(task: Task, runs: list[Trained]) -> tuple[str, dict[str, float]]
     if lacking:
         raise LeftOut(f"{', '.join(lacking)} has no accuracy: run `linear` on it first")
     counts = {found[1] for found in knn.values() if found}
-    roots = {str(each.card["recipe"]["probe"]["root"]) for each in runs if each.card}
+    recipes = {each.name: finished_run.recipe(each) for each in runs}
+    if unknown := [name for name, recipe in recipes.items() if "probe" not in recipe]:
+        raise LeftOut(
+            f"the card of {', '.join(unknown)} has no recipe, which alone says on which images its "
+            "kNN was measured: run `linear` on all of them first"
+        )
+    roots = {str(recipe["probe"]["root"]) for recipe in recipes.values()}
     if len(counts) > 1 or len(roots) > 1:
         raise LeftOut(
             f"kNN was measured with k {', '.join(map(str, sorted(counts)))} on "
@@ -520,6 +525,10 @@ def _journal(task: Task, trained: Trained) -> list[dict[str, Any]]:
     return journal.read(trained.folder or _out(task, trained))
 
 
+def _of_other(task: Task, trained: Trained) -> Task:
+    return replace(task, trained=trained, out=_out(task, trained))
+
+
 def _out(task: Task, trained: Trained) -> Path:
     """The folder of another run of this command, by the rule of fastssl.evaluate."""
 
@@ -538,6 +547,5 @@ def _out(task: Task, trained: Trained) -> Path:
 
 
 def _task_of(trained: Trained) -> str:
-    if trained.card is None:
-        return "none"
-    return str(trained.card["recipe"]["objective"]["use"]).rpartition(".")[2]
+    objective = finished_run.recipe(trained).get("objective")
+    return "none" if objective is None else str(objective["use"]).rpartition(".")[2]

@@ -2,8 +2,8 @@
 
 The protocols are those of PIRL (Misra & van der Maaten 2020, tables 1 and 6) and of MoCo (He et
 al. 2020, table 5), both with Detectron2 and R50-C4. Compare `VOC AP`, `VOC AP50` and `VOC AP75`
-with their tables: fastssl.detection.score says why, and fastssl.detection.detector what differs from
-Detectron2. `AP`, `AP50` and `AP75` are COCO's.
+with their tables: fastssl.detection.score says why, and fastssl.detection.detector what differs
+from Detectron2. `AP`, `AP50` and `AP75` are COCO's.
 """
 
 import hashlib
@@ -210,6 +210,7 @@ def evaluate(task: Task, options: Options) -> Table:
         "weights": task.trained.weights,
         "seed": task.seed,
         "file list": data.samples.fingerprint,
+        "annotations": detection_data.fingerprint(data),
     }
     settings = json.loads(json.dumps(settings))  # tuples as lists, as they come back
     name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]

@@ -5,15 +5,13 @@ finetune  all of the network and a linear head, as VISSL's semi-supervised bench
           batch 256, x 0.1 at 30, Nesterov, no weight decay; lr 0.01 as PIRL's, 0.05 in VISSL's
           yaml; random resized crop and flip), each a run of its own that goes on after a stop
 Every seed takes other images, the same ones for every RUN. The head is tested on all of val.
+A signal ends the command with 75, as it does training, once a checkpoint is written.
 """
 
 import hashlib
 import json
-import os
 import statistics
-import subprocess
-import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,13 +20,30 @@ import safetensors.torch
 import torch
 import yaml
 
-from fastssl import distributed, journal
+from fastssl import config, distributed, journal, stopping
 from fastssl.config import RecipeError
 from fastssl.evaluation_task import Cell, Table, Task
 from fastssl.labelled import Split
 from fastssl.linear import logistic
+from fastssl.sweeping import Runner
 
 HELP = "1 % and 10 % of the labels, or K of each class: logistic regression and fine-tuning"
+WHOLE_IMAGES = "pipelines.evaluation"  # the graph of fine-tuning's test on val
+_FEW_STEPS = 500  # below which fine-tuning has hardly begun: a guess, not measured
+# Keys that one method reads alone.
+_OF_METHOD = {
+    "linear": ("stage", "l2", "updates"),
+    "finetune": (
+        *("epochs", "lr", "head_lr", "milestones", "batch", "steps", "train_stages"),
+        *("image_area", "layer_decay", "mixup"),
+    ),
+}
+# Keys of `data` that take a subset themselves, and what to give instead.
+_SUBSETS = {
+    "limit": "a smaller data.root",
+    "fraction": "fewlabels.fractions",
+    "per_class": "fewlabels.per_class",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,15 +84,25 @@ class Options:
             raise ValueError(f"per_class ({list(self.per_class)}) must be at least 1")
         if not self.seeds or not all(0 <= each < 2**31 for each in self.seeds):
             raise ValueError(f"seeds ({list(self.seeds)}) must be one or more in 0 ... {2**31 - 1}")
+        if len({*self.seeds}) < len(self.seeds):
+            raise ValueError(f"seeds ({list(self.seeds)}) has a seed twice")
         if not self.method:
             raise ValueError("method is empty: give linear, finetune or both")
         if self.l2 is not None and self.l2 < 0:
             raise ValueError(f"l2 ({self.l2}) must be at least 0, or null")
         for name in ("epochs", "batch", "updates"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
+            if vars(self)[name] < 1:
+                raise ValueError(f"{name} ({vars(self)[name]}) must be at least 1")
         if self.steps < 0:
             raise ValueError(f"steps ({self.steps}) must be at least 0")
+        defaults = {field.name: field.default for field in fields(self)}
+        for method, names in _OF_METHOD.items():
+            for name in names if method not in self.method else ():
+                if vars(self)[name] != defaults[name]:
+                    raise ValueError(
+                        f"{name} ({vars(self)[name]}) is read by method {method}, and method is "
+                        f"{list(self.method)}: leave {name} out, or add {method}"
+                    )
 
 
 @dataclass(frozen=True)
@@ -96,13 +121,15 @@ def evaluate(task: Task, options: Options) -> Table:
 
     Raises:
         ValueError: a class has fewer images than asked for, several processes were asked to
-            fine-tune, or a fine-tuning failed.
+            fine-tune, `data` takes a subset itself, or a fine-tuning failed.
+        SystemExit: 75, a signal ended a fine-tuning; its checkpoint is written.
     """
     if "finetune" in options.method and distributed.world() > 1:
         raise ValueError(
             f"fewlabels.method: finetune runs in one process, here are {distributed.world()}: give"
             " --num_processes 1, or fewlabels.method=[linear]"
         )
+    _refuse_subset(task)
     train_split, _, classes = task.splits()
     amounts: list[tuple[str, float | int]] = [("fraction", each) for each in options.fractions]
     amounts += [("per_class", each) for each in options.per_class]
@@ -112,6 +139,8 @@ def evaluate(task: Task, options: Options) -> Table:
         amount: [_subset(task, *amount, seed, train_split, row_of) for seed in options.seeds]
         for amount in amounts
     }
+    if "finetune" in options.method:
+        _say_of_finetuning(task, options, subsets)
     rows: list[list[Cell]] = []
     for (key, value), drawn in subsets.items():
         labels = f"{value:.3g} of each class" if key == "per_class" else f"{100 * value:.3g} %"
@@ -120,25 +149,66 @@ def evaluate(task: Task, options: Options) -> Table:
             found = [measure(task, options, each, len(classes)) for each in drawn]
             top1, top5 = ([each[place] for each in found] for place in (0, 1))
             settings = {"labels": labels, "method": method, "images": len(drawn[0].rows)}
+            spreads = {}
+            if len(drawn) > 1:
+                spreads = {"std": statistics.stdev(top1), "top5_std": statistics.stdev(top5)}
             task.log(
                 "fewlabels",
                 {
                     **settings,
+                    key: value,
                     "stage": options.stage if method == "linear" else "last",
+                    "graph": task.graph.use if method == "linear" else WHOLE_IMAGES,
                     "accuracy": statistics.fmean(top1),
-                    "std": statistics.pstdev(top1),
                     "top5": statistics.fmean(top5),
-                    "top5_std": statistics.pstdev(top5),
+                    **spreads,
                     "seeds": list(options.seeds),
                     "accuracies": top1,
                 },
             )
             rows.append([*settings.values(), _spread(top1), _spread(top5)])
+    draws = "1 draw" if len(options.seeds) == 1 else f"{len(options.seeds)} draws"
     return Table(
-        title=f"Few labels, {len(options.seeds)} draws: accuracy on val, %",
+        title=f"Few labels, {draws}: accuracy on val, %",
         columns=["labels", "method", "images", "top-1", "top-5"],
         rows=rows,
     )
+
+
+def _refuse_subset(task: Task) -> None:
+    """The subsets are drawn here: one that `data` takes would be drawn from, or in its place.
+
+    Raises:
+        ValueError: names the key.
+    """
+    given = vars(task.reader.options)
+    for key, instead in _SUBSETS.items():
+        if given.get(key) is not None:
+            raise ValueError(
+                f"data.{key} ({given[key]}): fewlabels draws its images itself, from all of "
+                f"train: leave it out, or give {instead}"
+            )
+
+
+def _say_of_finetuning(
+    task: Task, options: Options, subsets: dict[tuple[str, float | int], list[_Subset]]
+) -> None:
+    """What its figures can't tell: other images than the linear ones, or hardly a step."""
+    if task.graph.use != WHOLE_IMAGES:
+        task.say(
+            f"fewlabels: linear is on features of {task.graph.use}, which the run is evaluated by; "
+            f"finetune learns and is tested on whole images ({WHOLE_IMAGES})"
+        )
+    for (key, value), drawn in subsets.items() if options.steps == 0 else ():
+        images = len(drawn[0].rows)
+        batch, epochs, _ = schedule(options, images=images)
+        steps = epochs * -(-images // batch)
+        if steps < _FEW_STEPS:
+            task.say(
+                f"fewlabels: {key} {value:g}: {epochs} epochs of {images} images are {steps} "
+                "steps, which may be too few to learn from; fewlabels.steps=1000 goes through "
+                "them more often"
+            )
 
 
 def _subset(
@@ -155,8 +225,9 @@ def _subset(
 
 
 def _spread(values: list[float]) -> str:
-    """Mean and standard deviation over the draws, in per cent."""
-    return f"{100 * statistics.fmean(values):.1f} +- {100 * statistics.pstdev(values):.1f}"
+    """Mean and standard deviation of the sample (n - 1) over the draws, in per cent."""
+    mean = f"{100 * statistics.fmean(values):.1f}"
+    return f"{mean} +- {100 * statistics.stdev(values):.1f}" if len(values) > 1 else mean
 
 
 # -- linear -------------------------------------------------------------------------------------
@@ -166,10 +237,8 @@ def _linear(task: Task, options: Options, subset: _Subset, classes: int) -> tupl
     """Top-1 and top-5 on val."""
     train_split, val_split, _ = task.splits()
     chosen = replace(task.features, stages=(options.stage,))
-    train_features, val_features = (
-        task.extract(train_split, chosen),
-        task.extract(val_split, chosen),
-    )
+    train_features = task.extract(train_split, chosen, key="fewlabels.stage")
+    val_features = task.extract(val_split, chosen, key="fewlabels.stage")
     ((stage, feature_ND),) = train_features.stages.items()
     wanted = np.isin(train_features.rows, subset.rows)
     known = _rows(task, stage, feature_ND[wanted], train_features.labels[wanted])
@@ -197,13 +266,10 @@ def _finetune(task: Task, options: Options, subset: _Subset, classes: int) -> tu
     del classes
     weights = _as_run(task)
     recipe = _recipe(task, options, subset, weights)
-    # The same settings find their run again, others make one of their own.
-    written = json.dumps([recipe, task.trained.weights], sort_keys=True)
-    name = hashlib.sha256(written.encode()).hexdigest()[:8]
-    amount = f"{subset.key}-{subset.value:g}-seed-{subset.seed}-{name}"
-    folder = (task.out / "fewlabels" / amount).absolute()
+    name = f"{subset.key}-{subset.value:g}-seed-{subset.seed}-{_fingerprint(task, recipe)}"
+    folder = (task.out / "fewlabels" / name).absolute()
     if not (folder / "backbone.json").exists():
-        path = folder.with_suffix(".yaml")
+        path = folder.with_name(f"{name}.yaml")
         path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
         task.say(f"fewlabels: fine-tuning on {len(subset.rows)} images, {folder}")
         _run(task, path, folder)
@@ -211,6 +277,21 @@ def _finetune(task: Task, options: Options, subset: _Subset, classes: int) -> tu
     if not heads:
         raise RecipeError(f"{folder} was never tested on val: delete it, and start again")
     return heads[-1]["accuracy"], heads[-1]["top5"]
+
+
+def _fingerprint(task: Task, recipe: dict[str, Any]) -> str:
+    """The same settings find their run again, others make one of their own.
+
+    What a run may go on with anew changes nothing that is learnt, and makes no other run.
+    """
+    learnt = {
+        f"{section}.{key}": value
+        for section, keys in recipe.items()
+        for key, value in keys.items()
+        if f"{section}.{key}" not in config.FREE_ON_RESUME
+    }
+    written = json.dumps([learnt, task.trained.weights], sort_keys=True)
+    return hashlib.sha256(written.encode()).hexdigest()[:8]
 
 
 def _as_run(task: Task) -> Path:
@@ -249,10 +330,11 @@ def _recipe(task: Task, options: Options, subset: _Subset, weights: Path) -> dic
     """Of recipes/finetune.yaml's kind."""
     batch, epochs, drops = schedule(options, images=len(subset.rows))
     falls = {"schedule": "multistep", "milestones": drops} if drops else {"schedule": "constant"}
-    evaluation = {"use": "pipelines.evaluation"}
+    evaluation = {"use": WHOLE_IMAGES}
     sizes = asdict(task.graph.options)
     evaluation |= {key: sizes[key] for key in ("resize", "crop") if key in sizes}
     crop = sizes.get("crop", 224)
+    mixed = str(task.accelerator.mixed_precision)
     still = dict.fromkeys(("brightness", "contrast", "saturation", "hue", "grayscale"), 0)
     return {
         "data": {"use": task.reader.use, **asdict(subset.options)},
@@ -285,6 +367,7 @@ def _recipe(task: Task, options: Options, subset: _Subset, weights: Path) -> dic
             "batch": batch,
             "seed": subset.seed,
             "weights": str(weights),
+            "precision": "fp32" if mixed == "no" else mixed,
             "keep": 1,
         },
         "probe": {"root": str(Path(subset.options.root).parent)},
@@ -292,31 +375,23 @@ def _recipe(task: Task, options: Options, subset: _Subset, weights: Path) -> dic
 
 
 def _run(task: Task, path: Path, folder: Path) -> None:
-    """train.py in a process of its own.
+    """train.py in a process of its own, which gets the signals that this one gets.
 
     Raises:
         RecipeError: it ended with an error; its last line is told, the rest is in a file.
+        SystemExit: 75, it was stopped.
     """
-    # What launchers set is of this process: the other is alone.
-    ours = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "MASTER_", "TORCHELASTIC_", "ROLE_")
-    environment = {key: text for key, text in os.environ.items() if not key.startswith(ours)}
-    command = [
-        sys.executable,
-        str(Path(journal.__file__).with_name("train.py")),
-        str(path),
-        f"train.out={folder}",
-    ]
-    log = folder.with_suffix(".log")
-    with log.open("w", encoding="utf-8") as file:
-        child = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
-        try:
-            code = child.wait()
-        except KeyboardInterrupt:  # it was told, too, and is writing a checkpoint
-            child.wait()
-            raise
+    log = folder.with_name(f"{folder.name}.log")
+    runner = Runner()
+    with runner.listening():
+        code, said = runner.run(
+            "fastssl.train", [str(path), f"train.out={folder}"], processes=1, log=log
+        )
+    if code == stopping.STOPPED:
+        task.say("fewlabels: stopped; the same command goes on from there")
+        raise SystemExit(stopping.STOPPED)
     if code:
-        told = log.read_text(encoding="utf-8").strip().splitlines()
         raise RecipeError(
-            f"fewlabels: fine-tuning ended with {code}: {told[-1] if told else ''}"
-            f" (all of it: {log}); the same command goes on from there"
+            f"fewlabels: fine-tuning ended with {code}: {said} (all of it: {log}); the same "
+            "command goes on from there"
         )

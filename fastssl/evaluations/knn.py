@@ -29,7 +29,8 @@ class Options:
 
     neighbours: tuple[int, ...] = (20, 1, 5, 10, 50, 100, 200)
     temperature: tuple[float, ...] = (0.07, 0.02, 0.2, 1.0)
-    stages: tuple[str, ...] = ()  # of the backbone; empty: the last, which forward returns
+    stages: tuple[str, ...] = ()  # of the backbone; empty: those of features.stages, and where they
+    # are not given either, the last, which forward returns
 
     def __post_init__(self) -> None:
         """Refuses what can't be.
@@ -50,13 +51,15 @@ def evaluate(task: Task, options: Options) -> Table:
     and only the first k and temperature are a result.
     """
     train, val, classes = task.splits()
-    chosen = replace(task.features, stages=options.stages or ("last",))
-    known, asked = task.extract(train, chosen), task.extract(val, chosen)
-    counts = [k for k in options.neighbours if k <= len(known.labels)] or [len(known.labels)]
-    if len(counts) < len(options.neighbours):
-        task.say(
-            f"knn: there are {len(known.labels)} training images: no more neighbours than that"
-        )
+    key = "knn.stages" if options.stages else "features.stages"
+    chosen = replace(task.features, stages=options.stages or task.features.stages or ("last",))
+    known = task.extract(train, chosen, key=key)
+    asked = task.extract(val, chosen, key=key)
+    most = len(known.labels)
+    counts = list(dict.fromkeys(min(k, most) for k in options.neighbours))
+    if max(options.neighbours) > most:
+        more = [k for k in options.neighbours if k > most]
+        task.say(f"knn: k {', '.join(map(str, more))} -> {most}: there are {most} training images")
     columns = ["stage", *[f"k={k}" for k in sorted(counts)], "top-5", "best", "at"]
     rows: list[list[Cell]] = []
     for stage, train_ND in known.stages.items():
@@ -83,7 +86,8 @@ def evaluate(task: Task, options: Options) -> Table:
                 "temperature": first,
                 "train_images": len(known.labels),
                 "val_images": len(asked.labels),
-                "sweep": [[k, t, *both] for (k, t), both in accuracy.items()],
+                # Not plain "sweep": by their names the report tells results from settings.
+                "sweep_accuracies": [[k, t, *both] for (k, t), both in accuracy.items()],
             },
         )
         at_first = [accuracy[k, first][0] for k in sorted(counts)]

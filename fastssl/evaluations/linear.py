@@ -7,7 +7,7 @@ by val, and the depth that is named best is a remark on the table.
 
 import importlib
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from statistics import mean, stdev
 from typing import Any
 
@@ -18,7 +18,7 @@ from fastssl.labelled import Split
 from fastssl.linear import logistic, logistic_augmented, logistic_sgd
 from fastssl.linear.head import Head
 from fastssl.linear.logistic import Predictions, Rows
-from fastssl.linear.protocols import Options, Sgd
+from fastssl.linear.protocols import POOLING, Options, Sgd
 
 __all__ = ["HELP", "Options", "evaluate"]
 
@@ -33,11 +33,14 @@ def evaluate(task: Task, options: Options) -> Table:
             learnt from, or training diverges.
     """
     train, val, classes = task.splits()
+    # What the command line says of `features` has precedence over the protocol.
+    pool, size = POOLING[options.protocol]
+    pool, size = task.features.pool or pool, task.features.size or size
+    task = replace(task, features=replace(task.features, pool=pool, size=size))
     sgd = options.sgd()
-    graph = None
     if sgd is not None:
         logistic_sgd.check_batch(sgd.batch, len(train.rows))
-        graph = _augmenting(task, sgd)
+    graph = augmenting(task, sgd)
     _say_what(task, options, sgd, train)
     asked = task.extract(val)
     if sgd is None:
@@ -82,7 +85,8 @@ def evaluate(task: Task, options: Options) -> Table:
                 "protocol": options.protocol,
                 "solver": "lbfgs" if sgd is None else "sgd",
                 **_settings(options, sgd),
-                "features": {"pool": task.features.pool, "size": task.features.size},
+                "features_pool": pool,
+                "features_size": size,
                 **images,
                 **notes[stage],
             },
@@ -237,9 +241,13 @@ def _check_memory(options: Options, stage: str, classes: int, length: int) -> No
         )
 
 
-def _augmenting(task: Task, sgd: Sgd) -> Part | None:
-    """The graph that images are augmented by, in the sizes of the evaluation graph."""
-    if sgd.augment == "none":
+def augmenting(task: Task, sgd: Sgd | None) -> Part | None:
+    """The graph that images are augmented by, in the sizes of the evaluation graph; None: none.
+
+    Raises:
+        ValueError: the evaluation graph has no such sizes.
+    """
+    if sgd is None or sgd.augment == "none":
         return None
     if task.graph.use != "pipelines.evaluation":
         raise ValueError(
@@ -248,6 +256,12 @@ def _augmenting(task: Task, sgd: Sgd) -> Part | None:
         )
     resize, crop = task.graph.options.resize, task.graph.options.crop
     if sgd.augment == "random_crop":
+        if crop == resize:
+            task.say(
+                f"warning: linear.augment=random_crop has no margin to crop at random, for images "
+                f"are resized to {resize} and cropped to {crop}: square ones are not augmented at "
+                f"all; K19 has 256 and 224, here evaluation.resize={round(crop * 256 / 224)}"
+            )
         module = importlib.import_module("pipelines.random_crop")
         return Part(module.__name__, module, module.Options(resize=resize, crop=crop))
     module = importlib.import_module("pipelines.single_view")

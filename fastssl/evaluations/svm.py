@@ -10,7 +10,7 @@ Low-shot: k positive and (classes - 1) x k negative images of each class, drawn 
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -63,6 +63,17 @@ class Options:
                 raise ValueError(f"{name} ({count}) must be at least {least}")
         if any(cost <= 0 for cost in (*self.cost, self.shots_cost or 1.0)):
             raise ValueError(f"cost ({list(self.cost)}) and shots_cost must be above 0")
+        if self.cost and self.costs != "vissl":
+            raise ValueError(
+                f"costs ({self.costs}) is not read beside cost ({list(self.cost)}): give one"
+            )
+        few = (("draws", self.draws != 5), ("shots_cost", self.shots_cost is not None))
+        for name, is_given in few if not self.shots else ():
+            if is_given:
+                raise ValueError(
+                    f"{name} ({vars(self)[name]}) is for low-shot: leave it out, or give "
+                    "svm.shots=[1,2,4,8,16,32,64,96]"
+                )
         if any(shots < 1 for shots in self.shots):
             raise ValueError(f"shots ({list(self.shots)}) must be at least 1")
 
@@ -86,20 +97,27 @@ def evaluate(task: Task, options: Options) -> Table:
         ValueError: scikit-learn or images are missing, or the data has no labels.
     """
     support_vectors.require()
+    asked = task.features.stages
+    if asked and options.stages not in ((ALL,), asked):
+        raise ValueError(
+            f"features.stages ({list(asked)}) is read where svm.stages is [all]: give "
+            f"svm.stages=[{','.join(asked)}]"
+        )
     data = _data(task, options)
     data = _only_usable_classes(data, options, task.say)
-    wanted = () if {LAST, ALL} & {*options.stages} else options.stages
-    chosen = replace(task.features, stages=wanted) if wanted else task.features
-    train, test = task.extract(data.train, chosen), task.extract(data.test, chosen)
-    names = list(train.stages)
-    names = names[-1:] if options.stages == (LAST,) else names
+    is_all = options.stages == (ALL,)
+    chosen = task.features if is_all else replace(task.features, stages=options.stages)
+    key = "features.stages" if is_all else "svm.stages"
+    train = task.extract(data.train, chosen, key=key)
+    test = task.extract(data.test, chosen, key=key)
     train_labels = _labels_of(train, data.train, data.train_labels)
     test_labels = _labels_of(test, data.test, data.test_labels)
-    title = f"SVM, {len(data.classes)} classes of {_where(data, options)}, mean average precision"
+    counted = len(_tested(test_labels))
+    title = f"SVM, {counted} classes of {_where(data, options)}, mean average precision"
     columns = ["stage", "features", "images", "mAP", "std", "mAP, not interpolated"]
     columns += [] if data.is_voc else ["accuracy"]
     rows: list[list[Cell]] = []
-    for name in names:
+    for name in train.stages:
         problem = Problem(
             task,
             options,
@@ -117,7 +135,7 @@ def evaluate(task: Task, options: Options) -> Table:
         task.log("svm", {"stage": name, **_what(data, options), **whole})
         for line in _few(problem):
             shots = f"{line['shots']} a class"
-            row = [name, width, shots, line["map"], line["std"], None]
+            row = [name, width, shots, line["map"], line.get("std"), None]
             rows.append(row + ([] if data.is_voc else [None]))
             task.log("svm_low_shot", {"stage": name, **_what(data, options), **line})
     return Table(title, columns, rows)
@@ -202,6 +220,8 @@ def _whole(problem: Problem, *, is_voc: bool) -> dict[str, Any]:
     # a fold cut there would lack whole classes among its negatives.
     settings = problem.settings(shuffle=not is_voc)
     fitted = problem.over_classes(support_vectors.fit_class, numbers, len(problem.train), settings)
+    tested = _tested(problem.test_labels)
+    counted = [fitted[number] for number in tested]
     unfinished, fits = sum(each.unfinished for each in fitted), sum(each.fits for each in fitted)
     if unfinished:
         problem.task.say(
@@ -209,19 +229,19 @@ def _whole(problem: Problem, *, is_voc: bool) -> dict[str, Any]:
             f"({settings.max_iter}) before tolerance {settings.tolerance:g}; large C need more"
         )
     result = {
-        "map": float(np.mean([each.interpolated for each in fitted])),
-        "map_not_interpolated": float(np.mean([each.average_precision for each in fitted])),
+        "map": float(np.mean([each.interpolated for each in counted])),
+        "map_not_interpolated": float(np.mean([each.average_precision for each in counted])),
     }
     if not is_voc:
         scores = np.stack([each.scores for each in fitted], axis=1)
         positive = problem.test_labels == POSITIVE
         right = scores.argmax(axis=1) == positive.argmax(axis=1)
         result["accuracy"] = float(right[positive.any(axis=1)].mean())  # of classes left out: none
-    by_class = zip(problem.classes, fitted, strict=True)
+    by_class = {problem.classes[number]: fitted[number].interpolated for number in tested}
     return {
         **result,
-        "by_class": {name: round(each.interpolated, 6) for name, each in by_class},
-        "chosen_costs": [each.cost for each in fitted],
+        "by_class": {name: round(area, 6) for name, area in by_class.items()},
+        "chosen_costs": [each.cost for each in counted],
         "costs": list(settings.costs),
         "folds": settings.folds,
         "fits": fits,
@@ -230,18 +250,20 @@ def _whole(problem: Problem, *, is_voc: bool) -> dict[str, Any]:
 
 
 def _few(problem: Problem) -> list[dict[str, Any]]:
-    """For each number of shots: mean and standard deviation over the draws."""
+    """For each number of shots: mean and standard deviation (n - 1) over the draws."""
     options, task = problem.options, problem.task
+    tested = _tested(problem.test_labels)
     settings = problem.settings(shuffle=False)
     if options.shots_cost is not None:
         settings = replace(settings, costs=(options.shots_cost,))
     lines = []
     for shots in options.shots:
         positives = (problem.train_labels == POSITIVE).sum(axis=0)
-        numbers = np.flatnonzero(positives >= shots).tolist()
+        numbers = [number for number in tested if positives[number] >= shots]
         short = [
             f"{problem.classes[number]} ({positives[number]})"
-            for number in np.flatnonzero(positives < shots).tolist()
+            for number in tested
+            if positives[number] < shots
         ]
         if not numbers:
             task.say(f"svm: no class has {shots} images: shots {shots} are left out")
@@ -274,11 +296,12 @@ def _few(problem: Problem) -> list[dict[str, Any]]:
         areas = np.stack([areas for areas, _ in found])  # [class, draw, cost]
         by_draw = areas.mean(axis=0)
         best = int(by_draw.mean(axis=0).argmax())
+        spread = {"std": float(by_draw[:, best].std(ddof=1))} if options.draws > 1 else {}
         lines.append(
             {
                 "shots": shots,
                 "map": float(by_draw[:, best].mean()),
-                "std": float(by_draw[:, best].std()),
+                **spread,
                 "draws": options.draws,
                 "negatives": negatives,
                 "cost": settings.costs[best],
@@ -304,12 +327,14 @@ def _data(task: Task, options: Options) -> Data:
             train, test, classes = task.splits()
         except ValueError as error:
             raise ValueError(f"{error}\n(as VOC: {not_voc})") from error
+        _refuse_of_voc(options, not_voc)
         columns = np.arange(len(classes))
         labels = [
             np.where(split.labels[:, None] == columns, POSITIVE, NEGATIVE).astype(np.int8)
             for split in (train, test)
         ]
         return Data(train, test, labels[0], labels[1], classes, is_voc=False)
+    _refuse_subset_of_voc(task)
     listed = [voc.classification(root, year, name) for name in (options.train, options.test)]
     (_, _, classes), (_, _, others) = listed
     if classes != others:
@@ -323,7 +348,7 @@ def _data(task: Task, options: Options) -> Data:
     images = folder / "JPEGImages"
     with starting.one_at_a_time(task.cache):
         samples = task.reader.module.list_samples(
-            replace(task.reader.options, root=str(images), limit=None),
+            replace(task.reader.options, root=str(images)),
             cache=task.cache,
             say=task.say,
         )
@@ -333,6 +358,35 @@ def _data(task: Task, options: Options) -> Data:
     ]
     (train, train_labels), (test, test_labels) = parts
     return Data(train, test, train_labels, test_labels, classes, is_voc=True)
+
+
+def _refuse_of_voc(options: Options, not_voc: ValueError) -> None:
+    """Keys that only VOC's layout reads, for class folders.
+
+    Raises:
+        ValueError: names the key, and says why this is not VOC.
+    """
+    for field in fields(options):
+        if field.name in ("year", "train", "test") and vars(options)[field.name] != field.default:
+            raise ValueError(
+                f"svm.{field.name} ({vars(options)[field.name]}) is for VOC, and data.root holds "
+                f"class folders: leave it out (as VOC: {not_voc})"
+            )
+
+
+def _refuse_subset_of_voc(task: Task) -> None:
+    """VOC's lists say which images.
+
+    Raises:
+        ValueError: names the key of `data`.
+    """
+    given = vars(task.reader.options)
+    for key in ("limit", "fraction", "per_class"):
+        if given.get(key) is not None:
+            raise ValueError(
+                f"data.{key} ({given[key]}) is for class folders, and data.root is VOC's: give "
+                "lists of your own, svm.train=NAME for ImageSets/Main/<class>_NAME.txt"
+            )
 
 
 def _voc_split(
@@ -362,12 +416,14 @@ def _voc_split(
 
 
 def _only_usable_classes(data: Data, options: Options, say: Callable[[str], None]) -> Data:
-    """Without classes that can't be cross-validated or tested; says which.
+    """Without classes that can't be cross-validated; says which, and which can't be tested.
+
+    These stay on class folders: an image may be mistaken for one of them.
 
     Raises:
-        ValueError: none is left.
+        ValueError: none is left to test.
     """
-    kept, gone = [], []
+    kept, gone, untested = [], [], []
     for number, name in enumerate(data.classes):
         learnt = int((data.train_labels[:, number] == POSITIVE).sum())
         others = len(data.train_labels) - learnt
@@ -375,6 +431,7 @@ def _only_usable_classes(data: Data, options: Options, say: Callable[[str], None
         if min(learnt, others) < options.folds:
             gone.append(f"{name}: {learnt} positive and {others} other images to learn from")
         elif not tested:
+            untested.append(number)
             gone.append(f"{name}: no positive image to test on")
         else:
             kept.append(number)
@@ -385,12 +442,18 @@ def _only_usable_classes(data: Data, options: Options, say: Callable[[str], None
         )
     if gone:
         say(f"warning: svm: the mean is over {len(kept)} classes, without {'; '.join(gone)}")
+    kept = kept if data.is_voc else sorted([*kept, *untested])
     return replace(
         data,
         train_labels=data.train_labels[:, kept],
         test_labels=data.test_labels[:, kept],
         classes=tuple(data.classes[number] for number in kept),
     )
+
+
+def _tested(test_labels: np.ndarray) -> list[int]:
+    """Numbers of the classes with an image to test on; the means are over them."""
+    return np.flatnonzero((test_labels == POSITIVE).any(axis=0)).tolist()
 
 
 def _labels_of(features: Features, split: Split, labels: np.ndarray) -> np.ndarray:
@@ -416,7 +479,7 @@ def _what(data: Data, options: Options) -> dict[str, Any]:
     """Of the journal's lines: what was measured on."""
     of_voc = {"year": options.year} if data.is_voc else {}
     return {
-        "data": "voc" if data.is_voc else "class folders",
+        "layout": "voc" if data.is_voc else "class folders",
         **of_voc,
         "train": data.train.name,
         "test": data.test.name,

@@ -14,20 +14,20 @@ finished run is not run again, an interrupted one goes on: the same command does
 
 import importlib.util
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from fastssl import demo, labelled, probe, starting, stopping, sweeping
+from fastssl import demo, features, labelled, probe, representation, starting, stopping, sweeping
 from fastssl.config import RecipeError
 from fastssl.evaluation_task import Cell, Table
+from fastssl.linear import protocols
 from fastssl.recipe_check import check, make, schema_of_settings
 from fastssl.recipe_text import in_yaml, read_overrides
 from fastssl.sweeping import Outcome, Point, Runner
 
 HELP = "a recipe at several values of a key (lambda, permutations, negatives): table and plot"
-PROBE = ("linear", "features", "evaluate")  # sections that are not the recipe's
 _LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # for all eyes
 _One = bool | int | float | str | None
 
@@ -81,6 +81,35 @@ class Options:
             raise ValueError(f"processes ({self.processes}) must be at least 1")
 
 
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions:
+    """The section `evaluate` as far as a sweep takes it; its folder is the sweep's."""
+
+    seed: int | None = None  # of the random network; null: train.seed of each run
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+
+
+# Sections that are the probe's, and not the recipe's.
+PROBE = {
+    "linear": protocols.Options,
+    "features": features.Options,
+    "evaluate": EvaluateOptions,
+}
+
+
+def usage() -> str:
+    """What `evaluate.py sweep --help` prints: the keys of a sweep, with their defaults."""
+    lines = [f"sweep: {HELP}", "", (__doc__ or "").strip(), "", *_keys("sweep", Options)]
+    lines += [
+        "  SECTION.KEY=VALUE              of the recipe, for every run; `python -m fastssl.config",
+        "                                 RECIPE` lists them",
+        "",
+        "with sweep.probe=linear:",
+        *(line for section, options in PROBE.items() for line in _keys(section, options)),
+    ]
+    return "\n".join(lines)
+
+
 def command(arguments: Sequence[str]) -> tuple[int, Table | None]:
     """The whole command, without the word sweep: the exit code, and the table so far.
 
@@ -106,28 +135,25 @@ def command(arguments: Sequence[str]) -> tuple[int, Table | None]:
     classes = _classes(points[0])
     finished = sum(map(sweeping.is_finished, points))
     starting.say(f"sweep: {len(points)} runs in {out}, {finished} of them finished")
+    known = sweeping.measured(out)
     about = {
         "recipe": recipe,
         "keys": list(keys),
         "probe": options.probe,
         "probe_arguments": for_probe,
         "chance": 1 / classes,
+        "measured": known,
     }
-    known = sweeping.measured(out, about)
     runner = Runner()
     outcomes: list[Outcome] = []
     table: Table | None = None
     with runner.listening():
-        random = None
         for number, point in enumerate(points, start=1):
-            outcome = _run(point, options, runner, f"{number} of {len(points)}", for_probe, known)
+            place = f"{number} of {len(points)}"
+            outcome = _run(point, options, runner, place, for_probe, known, out)
             if runner.stopped or outcome is None:
                 starting.say("sweep: stopped; the same command goes on from there")
                 return stopping.STOPPED, table
-            if outcome.failed is None and options.probe == "linear":
-                if random is None:
-                    random = _linear(f"random:{point.folder}", point, runner, for_probe, out, known)
-                outcome = replace(outcome, random=random[0])
             outcomes.append(outcome)
             table = _write(out, about, outcomes, options)
     failed = [each for each in outcomes if each.failed is not None]
@@ -158,9 +184,26 @@ def _read(arguments: Sequence[str]) -> tuple[str, list[str], list[str], Options]
         raise RecipeError("\n".join(errors))
     if for_probe and options.probe != "linear":
         raise RecipeError(f"{for_probe[0]}: is for sweep.probe=linear")
+    _check_probe(for_probe)
     if given := [each for each in rest if each.startswith(("train.out=", "train.resume="))]:
         raise RecipeError(f"{given[0]}: every run has a folder of its own: give sweep.out")
     return words[0], rest, for_probe, options
+
+
+def _check_probe(for_probe: list[str]) -> None:
+    """The probe comes after hours of training: its mistakes are found before.
+
+    Raises:
+        RecipeError: all of them, one a line.
+    """
+    errors: list[str] = []
+    entries = read_overrides(for_probe, PROBE, errors)
+    for section, options in PROBE.items():
+        schema = schema_of_settings(section, options)
+        values = check(entries[section], schema, errors)
+        make("command line", section, schema, entries[section], values, errors)
+    if errors:
+        raise RecipeError("\n".join(errors))
 
 
 def _classes(point: Point) -> int:
@@ -192,6 +235,7 @@ def _run(
     place: str,
     for_probe: list[str],
     known: dict[str, float],
+    out: Path,
 ) -> Outcome | None:
     """Trains the point if it must be, and probes it; None when it was stopped."""
     if not sweeping.is_finished(point):
@@ -206,34 +250,62 @@ def _run(
         accuracy, random = sweeping.knn(point)
         failed = None if accuracy is not None else "no kNN accuracy in its metrics.jsonl"
         return Outcome(point, failed, accuracy, random, task)
-    accuracy, reason = known.get(str(point.folder)), ""
-    if accuracy is None:
-        accuracy, reason = _linear(str(point.folder), point, runner, for_probe, point.folder, known)
-    return Outcome(point, reason if accuracy is None else None, accuracy, None, task)
+    accuracy, reason = _linear(point, runner, for_probe, known)
+    random, no_random = None, ""
+    if accuracy is not None:
+        random, no_random = _random(point, runner, for_probe, known, out)
+    if no_random:
+        starting.say(f"sweep: {point.name}: of the random network: {no_random}")
+    return Outcome(point, reason if accuracy is None else None, accuracy, random, task)
 
 
 def _linear(
-    run: str,
-    point: Point,
-    runner: Runner,
-    for_probe: list[str],
-    folder: Path,
-    known: dict[str, float],
+    point: Point, runner: Runner, for_probe: list[str], known: dict[str, float]
 ) -> tuple[float | None, str]:
-    """The linear probe's accuracy of a RUN, and what was wrong; its line is in `folder`."""
-    arguments = ["linear", run, *for_probe]
-    if run.startswith("random:"):
-        folder = folder / "random"
-        accuracy = sweeping.linear(folder) if known else None
-        if accuracy is not None:
-            return accuracy, ""
-        arguments.append(f"evaluate.out={in_yaml(str(folder))}")
-    if not point.recipe.demo:
-        root = probe.folder_of(point.recipe.probe, point.recipe.data.options)
-        arguments += [f"data.use={point.recipe.data.use}", f"data.root={in_yaml(str(root))}"]
-    code, said = runner.run("fastssl.evaluate", arguments, processes=1)
+    """The linear probe's accuracy of a finished run, and what was wrong."""
+    arguments = [*for_probe, *_data(point)]
+    # A run that was trained anew in its folder has other weights.
+    name = sweeping.fingerprint([str(point.folder), sweeping.weights(point), arguments])
+    return _measure(str(point.folder), point.folder, arguments, name, runner, known)
+
+
+def _random(
+    point: Point, runner: Runner, for_probe: list[str], known: dict[str, float], out: Path
+) -> tuple[float | None, str]:
+    """The same of its backbone with the fresh weights of its seed; once for all runs alike."""
+    arguments = [*for_probe, *_data(point)]
+    if not any(each.startswith("evaluate.seed=") for each in for_probe):
+        arguments.append(f"evaluate.seed={point.recipe.train.seed}")
+    values = point.recipe.values
+    patches = representation.standardization(values)
+    name = sweeping.fingerprint(
+        ["random", values["backbone"], values["evaluation"], patches, arguments]
+    )
+    folder = out / f"random-{name}"
+    arguments.append(f"evaluate.out={in_yaml(str(folder))}")
+    return _measure(f"random:{point.folder}", folder, arguments, name, runner, known)
+
+
+def _measure(
+    run: str, folder: Path, arguments: list[str], name: str, runner: Runner, known: dict[str, float]
+) -> tuple[float | None, str]:
+    """The linear probe's accuracy of a RUN, whose lines go to `folder`; adds it to `known`."""
+    if name in known:
+        return known[name], ""
+    code, said = runner.run("fastssl.evaluate", ["linear", run, *arguments], processes=1)
     accuracy = sweeping.linear(folder) if code == 0 else None
-    return accuracy, "" if accuracy is not None else f"evaluate.py linear ended with {code}: {said}"
+    if accuracy is None:
+        return None, f"evaluate.py linear ended with {code}: {said}"
+    known[name] = accuracy
+    return accuracy, ""
+
+
+def _data(point: Point) -> list[str]:
+    """What the probe is told of its images; of the built-in ones nothing."""
+    if point.recipe.demo:
+        return []
+    root = probe.folder_of(point.recipe.probe, point.recipe.data.options)
+    return [f"data.use={point.recipe.data.use}", f"data.root={in_yaml(str(root))}"]
 
 
 def _write(out: Path, about: dict[str, Any], outcomes: list[Outcome], options: Options) -> Table:
@@ -284,26 +356,20 @@ def _plot(
     figure = Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    place, labels, is_log = _axis(options.values)
+    _, labels, is_log = _axis(options.values)
     groups = sweeping.by_values(outcomes)
     others: list[Any] = [*options.values2] or [None]
     for number, other in enumerate(others):
-        xs, means, spreads = [], [], []
-        for value in sorted(options.values, key=place):
-            group = groups.get((value,) if options.key2 is None else (value, other), [])
-            mean, spread = _mean([each.accuracy for each in group])
-            if mean is not None:
-                xs.append(place(value))
-                means.append(100 * mean)
-                spreads.append(100 * (spread or 0.0))
+        xs, means, spreads = _curve(groups, options, other, lambda each: each.accuracy)
         name = (
             options.probe if options.key2 is None else f"{options.key2.rpartition('.')[2]} {other}"
         )
         color = _LINES[number % len(_LINES)]
+        label = "random network" if number == 0 else None
         axes.errorbar(xs, means, yerr=spreads, marker="o", capsize=3, color=color, label=name)
-    random, _ = _mean([each.random for each in outcomes])
-    if random is not None:
-        axes.axhline(100 * random, color="#57606a", linestyle="--", label="random network")
+        xs, means, _ = _curve(groups, options, other, lambda each: each.random)
+        if xs:
+            axes.plot(xs, means, ".--", color="#57606a", label=label)
     axes.axhline(100 * chance, color="#57606a", linestyle=":", label="chance")
     if is_log:
         axes.set_xscale("log")
@@ -321,6 +387,35 @@ def _plot(
     part = path.with_name(".sweep.png.tmp")
     figure.savefig(part, format="png", metadata={"Software": None})
     part.replace(path)
+
+
+def _curve(
+    groups: dict[tuple[Any, ...], list[Outcome]],
+    options: Options,
+    other: Any,
+    of: Callable[[Outcome], float | None],
+) -> tuple[list[float], list[float], list[float]]:
+    """Places on x, means and spreads in per cent; of the values that have any."""
+    place, _, _ = _axis(options.values)
+    xs, means, spreads = [], [], []
+    for value in sorted(options.values, key=place):
+        group = groups.get((value,) if options.key2 is None else (value, other), [])
+        mean, spread = _mean([of(each) for each in group])
+        if mean is not None:
+            xs.append(place(value))
+            means.append(100 * mean)
+            spreads.append(100 * (spread or 0.0))
+    return xs, means, spreads
+
+
+def _keys(section: str, options: Any) -> list[str]:
+    """A line for each, with its default."""
+    lines = []
+    for each in fields(options):
+        plain = list(each.default) if isinstance(each.default, tuple) else each.default
+        default = "(needed)" if each.default is MISSING else in_yaml(plain)
+        lines.append(f"  {section}.{each.name}={default}")
+    return lines
 
 
 def _mean(values: Sequence[float | None]) -> tuple[float | None, float | None]:

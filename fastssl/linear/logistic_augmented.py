@@ -53,6 +53,7 @@ def train(
 
     device, backbone = task.accelerator.device, task.trained.backbone
     backbone.to(device).eval()
+    pool, size = task.features.pooling
     batches = loader.Loader(
         split.reader,
         split.samples,
@@ -74,11 +75,7 @@ def train(
             tensors = next(batches)
             with torch.no_grad(), task.accelerator.autocast():
                 stages = representation.all_stages(backbone, tensors, task.trained.standardize)
-            options = task.features
-            features = [
-                representation.pooled(stages[name].float(), options.size, options.pool)
-                for name in heads
-            ]
+            features = [representation.pooled(stages[name].float(), size, pool) for name in heads]
             trainer.step(features, labels_of[tensors["index"]])
         told(epoch + 1, trainer.end_epoch())
     batches.close()

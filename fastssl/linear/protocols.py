@@ -16,8 +16,8 @@ goyal     Goyal et al. 2019 as VISSL has it: 28 epochs on ImageNet (14 on Places
 vissl     the same as goyal.
 pirl      Misra & van der Maaten 2020: as goyal, but two equally spaced decays (the paper; VISSL's
           configuration of it has the three above) and decay 1e-4 (fair).
-Momentum is 0.9 in all. Pooling of the maps is a matter of `features` (K19: features.pool=max and
-9000; VISSL: features.pool=avg and 9216).
+Momentum is 0.9 in all. Maps are pooled by max to 9000 values at most by K19's, by average to 9216
+by VISSL's (goyal, vissl, pirl); features.pool and features.size have precedence.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -83,6 +83,13 @@ PROTOCOLS: dict[str, Sgd | None] = {
     "goyal": GOYAL,
     "vissl": GOYAL,
     "pirl": replace(GOYAL, milestones=(28 / 3, 56 / 3), weight_decay=1e-4),
+}
+
+
+# How maps become vectors: features.pool, features.size.
+POOLING: dict[str, tuple[Literal["max", "avg"], int]] = {
+    name: ("avg", 9216) if name in ("goyal", "vissl", "pirl") else ("max", 9000)
+    for name in PROTOCOLS
 }
 
 

@@ -21,7 +21,8 @@ class Options:
 
     Attributes:
         train_stages: all; or how many of the backbone's last stages learn with the head: 0 is a
-            linear probe. Stages without parameters are not counted.
+            linear probe. Stages without parameters are not counted; what stands behind the last
+            map (a vision transformer's norm, VGG's linear layers) counts to that map's stage.
         label_smoothing: how much of the target is spread over all classes (Szegedy et al. 2016,
             section 7: 0.1).
         mixup: alpha of the Beta distribution that the share of the second image is drawn from, once
@@ -98,8 +99,9 @@ class Objective(nn.Module):
     def train(self, mode: bool = True) -> "Objective":
         """As any module's, but that what is frozen stays as in evaluation."""
         super().train(mode)
-        for module in self._frozen:
-            module.training = False
+        # by name: train.sync_batchnorm puts other modules in the place of norms
+        for name in self._frozen:
+            self.backbone.get_submodule(name).training = False
         return self
 
     def forward(self, image: Tensor, index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -149,13 +151,13 @@ class Objective(nn.Module):
         return (image.to(weight.dtype) / 255 - mean) / std
 
 
-def _freeze(backbone: nn.Module, train_stages: Literal["all"] | int) -> list[nn.Module]:
-    """Takes the gradient from all but the last stages; the modules that stay as in evaluation."""
+def _freeze(backbone: nn.Module, train_stages: Literal["all"] | int) -> list[str]:
+    """Takes the gradient from all but the last stages; names what stays as in evaluation."""
     if train_stages == "all":
         return []
     if train_stages == 0:
         backbone.requires_grad_(False)
-        return [*backbone.modules()]
+        return [name for name, _ in backbone.named_modules()]
     found = depths(backbone)
     if train_stages > len(found.stages):
         raise ValueError(
@@ -165,7 +167,7 @@ def _freeze(backbone: nn.Module, train_stages: Literal["all"] | int) -> list[nn.
     first = len(found.stages) - train_stages
     for name, parameter in backbone.named_parameters():
         parameter.requires_grad_(found.parameters[name] >= first)
-    return [each for name, each in backbone.named_modules() if found.modules[name] < first]
+    return [name for name, _ in backbone.named_modules() if found.modules[name] < first]
 
 
 def _head(backbone: nn.Module, options: Options, classes: int) -> nn.Sequential:

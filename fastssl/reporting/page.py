@@ -37,7 +37,7 @@ class Curve(NamedTuple):
 
 CURVES = (
     Curve("loss", "Loss"),
-    Curve("accuracy", "Pretext accuracy (dotted: chance)", "%", True),
+    Curve("accuracy", "", "%", True),  # its title: _accuracy
     Curve("lr", "Learning rate", "", True),
     Curve("std", "Std of embeddings (0: collapsed)", "", True),
     Curve("images_per_second", "Throughput, images/s", "images/s", True),
@@ -171,8 +171,9 @@ def _duration(time: float) -> str:
 
 
 def _results(runs: Sequence[Run]) -> Markup:
-    """Where each run stands: the last value of what it logs, and kNN before and after."""
+    """Where each run stands: the last value of what it logs, on val, and kNN before and after."""
     curves = [curve for curve in CURVES if curve.key in ("loss", "accuracy", "std")]
+    learn = any(run.learns_classes for run in runs)
     rows = []
     for number, run in enumerate(runs):
         last = run.lines[-1] if run.lines else {}
@@ -180,16 +181,27 @@ def _results(runs: Sequence[Run]) -> Markup:
         knn = [x for x in run.probes if x["probe"] == "knn" and "stage" not in x]
         knn = [x for x in knn if is_number(x.get("accuracy"))]
         knn = [x for x in knn if x.get("neighbours") == knn[0].get("neighbours")]
+        val = [x for x in run.probes if x["probe"] == "val" and is_number(x.get("accuracy"))]
         cells = [_cell(last.get(curve.key), curve.unit) for curve in curves]
         cells.insert(2, _cell(last.get("chance"), "%"))
-        for one in (knn[:1], knn[-1:] if len(knn) > 1 else []):
+        for one in (*([val[-1:]] if learn else []), knn[:1], knn[-1:] if len(knn) > 1 else []):
             under = f"step {one[0]['step']:,}" if one else ""
             cells.append(_cell(one[0]["accuracy"] if one else None, "%", under))
         rows.append([join([run_swatch(number), run.name]), *cells])
     if not any(run.lines or run.probes for run in runs):
         return Markup("")
-    head = ("run", "loss", "pretext accuracy", "chance", "std", "kNN, first", "kNN, last")
-    return table(head, rows, "Last line of training, first and last kNN probe", numbers=True)
+    accuracy, val = _accuracy(runs).lower(), ["val, last"] if learn else []
+    head = ("run", "loss", accuracy, "chance", "std", *val, "kNN, first", "kNN, last")
+    caption = "Last line of training, first and last kNN probe"
+    if learn:
+        caption += "; val: of the classes that were learnt, on images that were not trained on"
+    return table(head, rows, caption, numbers=True)
+
+
+def _accuracy(runs: Sequence[Run]) -> str:
+    """What `accuracy` of the training lines is of; a run with labels has no pretext task."""
+    learn = any(run.learns_classes for run in runs)
+    return "Accuracy in training" if learn else "Pretext accuracy"
 
 
 def _commit(run: Run) -> str:
@@ -218,6 +230,7 @@ def _curves(runs: Sequence[Run]) -> Markup:
             if (points := _points(run, key))
         ]
         if key == "accuracy":
+            title = f"{_accuracy(runs)} (dotted: chance)"
             series += [
                 Series(f"chance, {run.name}", number, points, chance=True)
                 for number, run in enumerate(runs)
@@ -226,7 +239,7 @@ def _curves(runs: Sequence[Run]) -> Markup:
         charts.append(chart(title, series, unit=unit, from_zero=from_zero))
     notes = []
     if len(runs) > 1 and len({run.task for run in runs}) > 1:
-        text = "Losses and pretext accuracies of different tasks are not to be compared."
+        text = "Losses and accuracies in training of different tasks are not to be compared."
         notes.append(element("p", {"class": "soft"}, text))
     if others[MOST_OTHERS:]:
         text = f"Not drawn: {', '.join(others[MOST_OTHERS:])}; see the values."

@@ -18,7 +18,9 @@ from fastssl.reporting.charts import Series, Unit
 _GOODNESS = re.compile(
     r"accuracy|accuracies|map|ap\d*|ap[sml]|ar\d*|ar[sml]|top\d*|precision|recall"
 )
-_OTHER_RESULT = re.compile(r"loss|error|std|spread|seconds|rank|distance|correlation")
+_OTHER_RESULT = re.compile(
+    r"loss|error|std|spread|seconds|rank|distance|correlation|mean|variance|ratio|dead"
+)
 # Fractions are results too, if they are not called so.
 _SETTING = re.compile(
     r"lr|rate|decay|l2|c|cost|temperature|fraction|dropout|momentum|gamma|lambda|alpha|smoothing"
@@ -48,6 +50,16 @@ class Probe:
     shared: str  # settings that are the same in all its lines
     results: list[str]  # keys, the main one first; at least one
     rows: list[Row]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The last line of a probe at one stage with one choice of settings."""
+
+    probe: str
+    step: int
+    results: dict[str, Any]  # at least one, but of a line without numbers
+    settings: dict[str, Any]  # `stage` first, where there is one
 
 
 @dataclass(frozen=True)
@@ -100,6 +112,29 @@ def measured(runs: Sequence[list[dict[str, Any]]]) -> list[Probe]:
         used = [key for key in results if any(key in row.values for row in rows.values())]
         probes.append(Probe(_text(name), _note(name, runs), used, list(rows.values())))
     return probes
+
+
+def last_of_each(lines: list[dict[str, Any]]) -> list[Measured]:
+    """The probes of one run: for each stage and choice of settings the line that was written last.
+
+    Args:
+        lines: its probe lines. Lists of many values are left out.
+    """
+    found: list[Measured] = []
+    for name in _names([lines]):
+        main, keys = _main_result(name, [lines]), {"stage"} | separating(name, [lines])
+        last: dict[str, Measured] = {}
+        for line in _lines(name, [lines]):
+            told = {k: v for k, v in line.items() if _is_free(k)}
+            told = {k: v for k, v in told.items() if isinstance(v, dict) or not _bulky(v)}
+            results = {k: v for k, v in told.items() if k == main or _is_result(k)}
+            settings = {k: line[k] for k in line if k == "stage"}
+            settings |= {k: v for k, v in told.items() if k not in results}
+            apart = {k: v for k, v in settings.items() if k in keys or isinstance(v, dict)}
+            place = json.dumps(apart, sort_keys=True)
+            last[place] = Measured(_text(name), line["step"], results, settings)
+        found += last.values()
+    return found
 
 
 def over_steps(runs: Sequence[list[dict[str, Any]]], names: Sequence[str]) -> list[Drawn]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import yaml
 
-from fastssl import checkpoint, demo, order
+from fastssl import checkpoint, demo, journal, order
 from fastssl.config import RecipeError
 
 # Files that only a run folder has; the lock alone is a run that has not begun to train.
@@ -76,6 +76,12 @@ class Run:
         built_in = Path(str(root)) == demo.folder() / "train"
         count = "" if self.images is None else f"{self.images:,} images, "
         return f"{count}built-in" if built_in else f"{count}{root}"
+
+    @property
+    def learns_classes(self) -> bool:
+        """Its accuracy in training is that of the folder's classes, not of a pretext task."""
+        measured = any(line["probe"] == "val" for line in self.probes)
+        return measured or (self.folder / "head.safetensors").exists()
 
     def part(self, section: str) -> str | None:
         """The last word of the module that a section names."""
@@ -160,34 +166,18 @@ def _read(folder: Path, name: str) -> Run:
 
 
 def _journal(folder: Path, notes: list[str]) -> tuple[list[dict], list[dict]]:
-    """The lines of training and of probes; unlike journal.read, goes on behind a damaged one."""
-    path = folder / "metrics.jsonl"
-    if not path.exists():
-        return [], []
-    lines, probes, damaged = [], [], []
-    texts = path.read_bytes().splitlines()
-    for number, text in enumerate(texts, 1):
-        try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):  # torn by kill -9 or a full disk, or not UTF-8
-            line = None
-        if not isinstance(line, dict) or not _is_step(line.get("step")):
-            damaged.append(number)
-        elif "probe" in line:
-            probes.append(line)
-        else:
-            lines.append(line)
+    """The lines of training, by step, and those of probes, as written."""
+    lines, damaged = journal.read_and_count(folder)
     if damaged:
         some = ", ".join(map(str, damaged[:5])) + (" ..." if len(damaged) > 5 else "")
+        count = len(lines) + len(damaged)
         notes.append(
-            f"metrics.jsonl: {len(damaged)} of {len(texts)} lines are torn or damaged and left out"
+            f"metrics.jsonl: {len(damaged)} of {count} lines are torn or damaged and left out"
             f" (line {some})"
         )
-    return sorted(lines, key=lambda line: line["step"]), probes
-
-
-def _is_step(step: Any) -> bool:
-    return type(step) is int and 0 <= step < 2**53  # beyond it floats skip whole numbers
+    training = [line for line in lines if "probe" not in line]
+    probes = [line for line in lines if "probe" in line]
+    return sorted(training, key=lambda line: line["step"]), probes
 
 
 def _recipe(folder: Path, notes: list[str]) -> dict[str, dict[str, Any]]:

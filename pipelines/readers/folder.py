@@ -104,6 +104,8 @@ class Samples:
     usable: np.ndarray  # int64, the rows that can be decoded as far as their headers tell
     bad: dict[int, str]  # the other rows, with the reason
     fingerprint: str  # of all names and sizes: the same rows mean the same images
+    written: str = ""  # of the times at which the files were written; empty: the fingerprint is of
+    # their contents
 
     def __len__(self) -> int:
         return len(self.names)
@@ -146,7 +148,7 @@ def list_samples(options: Options, *, cache: Path | None, say: Callable[[str], N
     good = np.ones(len(files.names), bool)
     good[np.fromiter(bad, np.int64, len(bad))] = False
     usable = np.flatnonzero(good)
-    names, sizes = files.names, files.sizes
+    names, sizes, times = files.names, files.sizes, files.times
     classes, labels = _classes(names, usable)
     kept = subset.choose(
         usable,
@@ -162,6 +164,7 @@ def list_samples(options: Options, *, cache: Path | None, say: Callable[[str], N
         kept = usable[np.linspace(0, len(usable) - 1, options.limit).astype(np.int64)]
     if kept is not None:
         names, sizes, height, width = names.only(kept), sizes[kept], height[kept], width[kept]
+        times = times[kept]
         usable, bad = np.arange(len(kept)), {}
         classes, labels = _classes(names, usable)
     return Samples(
@@ -174,6 +177,7 @@ def list_samples(options: Options, *, cache: Path | None, say: Callable[[str], N
         usable=usable,
         bad=bad,
         fingerprint=_hash(names.text, names.ends.tobytes(), sizes.tobytes()),
+        written=_hash(times.tobytes()),
     )
 
 

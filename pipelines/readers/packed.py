@@ -114,6 +114,7 @@ class Samples:
     usable: np.ndarray  # int64, the rows that are not damaged, as far as was looked
     bad: dict[int, str]  # the other rows, with the reason
     fingerprint: str  # of the index and of the subset: the same rows mean the same images
+    written: str  # empty: the index has checksums
 
     def __len__(self) -> int:
         return len(self.offset)
@@ -195,6 +196,7 @@ def list_samples(options: Options, *, cache: Path | None, say: Callable[[str], N
         usable=usable,
         bad=bad,
         fingerprint=hashlib.blake2b(manifest.digest.encode() + kept, digest_size=16).hexdigest(),
+        written="",
     )
 
 
