@@ -80,7 +80,9 @@ def main(arguments: Sequence[str]) -> int:
         return 0 if arguments else 2
     try:
         if len(asked) < len(arguments):
-            print(_help_of(_module(asked[0]), asked[0]))
+            module = _module(asked[0])
+            is_own = asked[0] in TAKE_A_RECIPE
+            print(module.usage() if is_own else _help_of(module, asked[0]))
             return 0
         if asked[0] in TAKE_A_RECIPE:
             code, table = _module(asked[0]).command(asked[1:])

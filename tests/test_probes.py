@@ -44,7 +44,7 @@ def test_every_probe_of_every_run_is_in_one_table_with_seeds_side_by_side(
         "other": 1,
     }
     assert rows["thing", "knn"][0] == rows["thing", "knn"][1]  # the same weights twice
-    assert "| network | knn | linear stem |" in capsys.readouterr().out
+    assert "| network | linear stem | linear layer1 |" in capsys.readouterr().out
 
 
 def test_a_run_that_is_not_finished_and_a_key_of_no_probe_are_refused(runs, tmp_path, capsys):
