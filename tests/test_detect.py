@@ -31,18 +31,6 @@ DESIGNS = {
     "c4": Design(network="c4", anchors=(16, 32), regions=16),
     "fpn": Design(network="fpn", anchors=(8, 16, 32, 64, 128), regions=16, pyramid=8, hidden=16),
 }
-# Four steps of a network of 0.3 million weights on images of 64 pixels.
-SMALL = [
-    *("random:resnet10", "backbone.width=16", "detect.protocol=voc07", "detect.steps=4"),
-    *("detect.batch=4", "detect.short_side=[48,64]", "detect.test_short_side=64"),
-    *(
-        "detect.anchors=[16,32]",
-        "detect.regions=8",
-        "detect.proposals=50",
-        "detect.log_steps=1",
-        "detect.lr=0.01",
-    ),
-]
 
 
 @pytest.fixture(scope="module")
@@ -339,7 +327,7 @@ def test_scores_are_those_of_a_slow_count(metric):
 def test_without_pycocotools_the_command_says_what_to_install(monkeypatch, devkit, capfd):
     monkeypatch.setitem(sys.modules, "pycocotools.cocoeval", None)
 
-    assert evaluate.main(["detect", *SMALL, f"data.root={devkit}"]) == 2
+    assert evaluate.main(["detect", *toy_voc.SMALL, f"data.root={devkit}"]) == 2
     assert "pip install 'fastssl[evaluate]'" in capfd.readouterr().err
 
 

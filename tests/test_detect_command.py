@@ -28,19 +28,6 @@ from pipelines import detection as graph
 from pipelines.readers import folder
 from tests import toy_voc
 
-# Four steps of a network of 0.3 million weights on images of 64 pixels.
-SMALL = [
-    *("random:resnet10", "backbone.width=16", "detect.protocol=voc07", "detect.steps=4"),
-    *("detect.batch=4", "detect.short_side=[48,64]", "detect.test_short_side=64"),
-    *(
-        "detect.anchors=[16,32]",
-        "detect.regions=8",
-        "detect.proposals=50",
-        "detect.log_steps=1",
-        "detect.lr=0.01",
-    ),
-]
-
 
 @pytest.fixture(scope="module")
 def devkit(tmp_path_factory) -> Path:
@@ -55,7 +42,7 @@ def test_the_command_trains_measures_and_measures_again_without_training(
     devkit, tmp_path, network, capfd
 ):
     anchors = "detect.anchors=[8,16,32,64,128]" if network == "fpn" else "detect.anchors=[16,32]"
-    command = ["detect", *SMALL, f"detect.network={network}", anchors, "detect.hidden=16"]
+    command = ["detect", *toy_voc.SMALL, f"detect.network={network}", anchors, "detect.hidden=16"]
     command += ["detect.pyramid=8", f"data.root={devkit}", f"evaluate.out={tmp_path}"]
     assert evaluate.main(command) == 0
     (out,) = tmp_path.glob(f"detect-{network}-*")
@@ -79,7 +66,12 @@ def test_the_command_trains_measures_and_measures_again_without_training(
 
 def test_the_losses_of_two_images_seen_again_and_again_fall_by_half(tmp_path):
     toy_voc.make(tmp_path, "2007", {"trainval": 2, "test": 1}, side=64, seed=2)
-    command = ["detect", *SMALL, f"data.root={tmp_path}", f"evaluate.out={tmp_path / 'out'}"]
+    command = [
+        "detect",
+        *toy_voc.SMALL,
+        f"data.root={tmp_path}",
+        f"evaluate.out={tmp_path / 'out'}",
+    ]
     command += ["detect.batch=2", "detect.short_side=[64]", "detect.flip=0.0", "detect.lr=0.02"]
     command += ["detect.norm=trained", "detect.freeze=0", "detect.steps=40"]
     assert evaluate.main(command) == 0
@@ -92,7 +84,13 @@ def test_the_losses_of_two_images_seen_again_and_again_fall_by_half(tmp_path):
 def test_other_images_or_objects_to_learn_from_are_another_training(devkit, tmp_path, capfd):
     root = shutil.copytree(devkit, tmp_path / "VOCdevkit")
     out = tmp_path / "out"
-    command = ["detect", *SMALL, "detect.steps=1", f"data.root={root}", f"evaluate.out={out}"]
+    command = [
+        "detect",
+        *toy_voc.SMALL,
+        "detect.steps=1",
+        f"data.root={root}",
+        f"evaluate.out={out}",
+    ]
     split = root / "VOC2007" / "ImageSets" / "Main" / "trainval.txt"
     annotation = root / "VOC2007" / "Annotations" / "000001.xml"
     stems, objects = split.read_text(), annotation.read_text()
@@ -169,7 +167,7 @@ def test_two_processes_test_every_image_once(devkit, tmp_path, checkout, environ
     command += [
         "fastssl/evaluate.py",
         "detect",
-        *SMALL,
+        *toy_voc.SMALL,
         "detect.steps=2",
         "detect.batch=2",
         f"data.root={devkit}",
@@ -200,7 +198,7 @@ def test_two_processes_test_every_image_once(devkit, tmp_path, checkout, environ
 )
 def test_mistakes_are_one_line_and_exit_2(devkit, given, named, capfd, tmp_path):
     root = [f"data.root={devkit}"] if given else []
-    code = evaluate.main(["detect", *SMALL, *root, f"evaluate.out={tmp_path}", *given])
+    code = evaluate.main(["detect", *toy_voc.SMALL, *root, f"evaluate.out={tmp_path}", *given])
     told = capfd.readouterr().err
 
     assert code == 2

@@ -5,6 +5,19 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+# Four steps of a network of 0.3 million weights on images of 64 pixels.
+SMALL = [
+    *("random:resnet10", "backbone.width=16", "detect.protocol=voc07", "detect.steps=4"),
+    *("detect.batch=4", "detect.short_side=[48,64]", "detect.test_short_side=64"),
+    *(
+        "detect.anchors=[16,32]",
+        "detect.regions=8",
+        "detect.proposals=50",
+        "detect.log_steps=1",
+        "detect.lr=0.01",
+    ),
+]
+
 COLORS = {"ball": (60, 90, 250), "crate": (240, 60, 40)}
 OBJECT = """
   <object>
