@@ -123,14 +123,17 @@ def _fresh_accelerator():
 
 
 def stop_when(there, asked: list[int]) -> threading.Thread:
-    """Sends this process a SIGTERM once `there` has a file; `asked` gets the children's ids."""
+    """Sends this process a SIGTERM once `there` has a file; `asked` gets the new children's ids."""
+    # joblib keeps its workers for later tests
+    before = {child.pid for child in psutil.Process().children()}
 
     def watch():
         deadline = time.monotonic() + 60
         while not there() and time.monotonic() < deadline:
             time.sleep(0.01)
         if there():
-            asked.extend(child.pid for child in psutil.Process().children())
+            now = {child.pid for child in psutil.Process().children()}
+            asked.extend(now - before)
             os.kill(os.getpid(), signal.SIGTERM)
 
     thread = threading.Thread(target=watch, daemon=True)
