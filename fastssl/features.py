@@ -50,14 +50,12 @@ class Options:
     """Which features, how many values of each, and where they are kept."""
 
     stages: tuple[str, ...] = ()  # of the backbone's, "last" for what forward returns; empty: all
-    pool: Literal["max", "avg"] | None = (
-        None  # of maps, adaptive; null: as the protocol of `linear`
-    )
-    # says, elsewhere max (Kolesnikov et al. 2019; VISSL: avg)
-    size: int | None = (
-        None  # values of a stage at most: the largest s with C * s * s <= size; null:
-    )
-    # as the protocol of `linear` says, elsewhere 9000 (K19; VISSL: 9216)
+    # Of maps, adaptive; null: as the protocol of `linear` says, elsewhere max (Kolesnikov et al.
+    # 2019; VISSL: avg).
+    pool: Literal["max", "avg"] | None = None
+    # Values of a stage at most: the largest s with C * s * s <= size; null: as the protocol of
+    # `linear` says, elsewhere 9000 (K19; VISSL: 9216).
+    size: int | None = None
     dtype: Literal["float32", "float16"] = "float32"
     batch: int = 128  # images a process and pass
     cache: str | None = None  # folder, seen by all processes; null: the user's cache

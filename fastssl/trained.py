@@ -140,6 +140,29 @@ def _of_card(name: str, backbone: nn.Module, folder: Path | None, card_path: Pat
     )
 
 
+def _without_card(
+    name: str,
+    backbone: nn.Module,
+    use: str,
+    options: dict[str, Any],
+    preprocessing: tuple[str, dict[str, Any]] = (GRAPH, {}),
+    standardize: Standardization = "global",
+) -> Trained:
+    """A network of which no run tells: there is no folder to log to."""
+    return Trained(
+        name=name,
+        backbone=backbone.eval(),
+        folder=None,
+        card=None,
+        step=0,
+        weights=fingerprint(backbone),
+        use=use,
+        options=options,
+        preprocessing=preprocessing,
+        standardize=standardize,
+    )
+
+
 def _lone(path: Path, given: dict[str, Any], ignore: tuple[str, ...]) -> Trained:
     """A .safetensors file, strictly: its keys are the backbone's, less those to ignore."""
     try:
@@ -181,18 +204,7 @@ def _lone(path: Path, given: dict[str, Any], ignore: tuple[str, ...]) -> Trained
     backbone.load_state_dict(tensors)
     if card is not None:
         return _of_card(path.stem, backbone.eval(), None, card_path)
-    return Trained(
-        name=path.stem,
-        backbone=backbone.eval(),
-        folder=None,
-        card=None,
-        step=0,
-        weights=fingerprint(backbone),
-        use=use,
-        options=options,
-        preprocessing=(GRAPH, {}),
-        standardize="global",
-    )
+    return _without_card(path.stem, backbone, use, options)
 
 
 def _random(
@@ -200,7 +212,7 @@ def _random(
 ) -> Trained:
     """Fresh weights; `run` is its name in tables."""
     path = Path(name).expanduser()
-    card, standardize, preprocessing = None, "global", (GRAPH, {})
+    standardize, preprocessing = "global", (GRAPH, {})
     if not name:
         raise RecipeError(f"{run} names no network: write for example random:resnet50")
     if path.suffix in (".yaml", ".yml"):
@@ -225,18 +237,7 @@ def _random(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         backbone, options = _build(use, {**options, **given})
-    return Trained(
-        name=run,
-        backbone=backbone.eval(),
-        folder=None,
-        card=None,
-        step=0,
-        weights=fingerprint(backbone),
-        use=use,
-        options=options,
-        preprocessing=preprocessing,
-        standardize=standardize,
-    )
+    return _without_card(run, backbone, use, options, preprocessing, standardize)
 
 
 def _published(run: str) -> Trained:
@@ -264,18 +265,7 @@ def _named(run: str) -> Trained:
     """A network of torchvision or timm with its published weights."""
     backbone, options = _build(NAMED, {"name": run, "pretrained": True})
     _check_finite(backbone.state_dict(), run)
-    return Trained(
-        name=run,
-        backbone=backbone.eval(),
-        folder=None,
-        card=None,
-        step=0,
-        weights=fingerprint(backbone),
-        use=NAMED,
-        options=options,
-        preprocessing=(GRAPH, published_sizes(run)),
-        standardize="global",
-    )
+    return _without_card(run, backbone, NAMED, options, (GRAPH, published_sizes(run)))
 
 
 def published_sizes(run: str) -> dict[str, int]:
