@@ -150,6 +150,7 @@ def evaluate(what: str, arguments: Sequence[str], until_the_end: contextlib.Exit
         for name in names
     )
     graphs = [_graph(run, settings["evaluation"]) for run in runs]
+    outs = tuple(_out(options, run, runs) for run in runs)
     for run, graph in zip(runs, graphs, strict=True):
         _say_what_is_assumed(run, graph, settings["evaluation"], say)
 
@@ -164,7 +165,7 @@ def evaluate(what: str, arguments: Sequence[str], until_the_end: contextlib.Exit
     # ---- Each RUN -----------------------------------------------------------------------------
     table: Table | None = None
     try:
-        for run, graph in zip(runs, graphs, strict=True):
+        for run, graph, out in zip(runs, graphs, outs, strict=True):
             set_seed(options.seed)
             task = Task(
                 trained=run,
@@ -175,10 +176,11 @@ def evaluate(what: str, arguments: Sequence[str], until_the_end: contextlib.Exit
                 loading=loading,
                 features=settings["features"],
                 cache=demo.cache(),
-                out=_out(options, run, runs),
+                out=out,
                 seed=options.seed,
                 say=say,
                 runs=runs,
+                outs=outs,
             )
             table = joined(table, module.evaluate(task, settings[what]), run)
             run.backbone.cpu()  # room for the next

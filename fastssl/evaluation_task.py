@@ -50,6 +50,7 @@ class Task:
     seed: int
     say: Callable[[str], None]  # silent on all processes but the first
     runs: tuple[Trained, ...] = ()  # all of the command, this one among them
+    outs: tuple[Path, ...] = ()  # the folder of each of them, as `out`
     _splits: tuple[Split, Split, tuple[str, ...]] | None = None
     _features: dict[str, Features] = field(default_factory=dict)
 

@@ -530,20 +530,8 @@ def _of_other(task: Task, trained: Trained) -> Task:
 
 
 def _out(task: Task, trained: Trained) -> Path:
-    """The folder of another run of this command, by the rule of fastssl.evaluate."""
-
-    def plain(each: Trained) -> str:
-        return re.sub(r"[^\w.-]+", "-", each.name)
-
-    def unless_said(each: Trained) -> Path:
-        at = Path("evaluations") / plain(each)
-        return at if each.folder is None else each.folder / "evaluations"
-
-    if trained is task.trained:
-        return task.out
-    if task.out == unless_said(task.trained):
-        return unless_said(trained)
-    return task.out.parent / plain(trained)
+    """The folder of another run of this command."""
+    return next(out for run, out in zip(task.runs, task.outs, strict=True) if run is trained)
 
 
 def _task_of(trained: Trained) -> str:
