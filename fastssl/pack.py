@@ -20,8 +20,8 @@ import time
 import warnings
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,7 +88,8 @@ def pack(
         }
         names = bytearray()
         clock = _Clock(len(samples.usable), say)
-        for row, result in _results(samples, form, workers):
+        results = stack.enter_context(contextlib.closing(_results(samples, form, workers)))
+        for row, result in results:
             name = _name(samples, row)
             if isinstance(result, str):
                 if refuse_bad:
@@ -245,7 +246,9 @@ class _Shards:
         self.total += len(content)
 
 
-def _results(samples: Any, form: Form, workers: int) -> Iterator[tuple[int, Packed | str]]:
+def _results(
+    samples: Any, form: Form, workers: int
+) -> Generator[tuple[int, Packed | str], None, None]:
     """The usable rows in order, each with what is to be stored or the reason why not.
 
     No more tasks are under way than keep the workers busy, so that memory does not grow.
@@ -256,6 +259,7 @@ def _results(samples: Any, form: Form, workers: int) -> Iterator[tuple[int, Pack
     # forkserver: the parent has threads of its own, which do not survive a fork. The workers import
     # the program again (`python -m fastssl.data`), so that nothing heavy is at its top.
     context = multiprocessing.get_context("forkserver")
+    interrupt = _Interrupt()
     executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker)
     pending: deque[tuple[list[int], Future[list[Packed | str]]]] = deque()
     chunks = (
@@ -268,10 +272,10 @@ def _results(samples: Any, form: Form, workers: int) -> Iterator[tuple[int, Pack
             pending.append((chunk, executor.submit(pack_image.pack_all, paths, form)))
             if len(pending) > 2 * workers:
                 rows, future = pending.popleft()
-                yield from zip(rows, future.result(), strict=True)
+                yield from zip(rows, interrupt.result(future), strict=True)
         while pending:
             rows, future = pending.popleft()
-            yield from zip(rows, future.result(), strict=True)
+            yield from zip(rows, interrupt.result(future), strict=True)
     except BrokenProcessPool:
         raise ValueError(
             f"a worker process was killed, perhaps for want of memory: give fewer than"
@@ -279,6 +283,42 @@ def _results(samples: Any, form: Form, workers: int) -> Iterator[tuple[int, Pack
         ) from None
     finally:
         executor.shutdown(cancel_futures=True)
+        interrupt.restore()
+
+
+class _Interrupt:
+    """Ctrl-C, told where it does no harm.
+
+    Python raises KeyboardInterrupt between any two of its instructions: also between the taking of
+    a lock of the executor's and the block that gives it back, and then shutdown waits for ever.
+    """
+
+    def __init__(self) -> None:
+        self._asked = threading.Event()
+        self._before = signal.getsignal(signal.SIGINT)
+        # Another handler, or none in a script's background job, is the caller's wish.
+        self._ours = (
+            self._before is signal.default_int_handler
+            and threading.current_thread() is threading.main_thread()
+        )
+        if self._ours:
+            signal.signal(signal.SIGINT, lambda *_: self._asked.set())
+
+    def result(self, future: Future[list[Packed | str]]) -> list[Packed | str]:
+        """What the future gives.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C was pressed.
+        """
+        while not self._asked.is_set():
+            if wait([future], timeout=0.1).done:
+                return future.result()
+        raise KeyboardInterrupt
+
+    def restore(self) -> None:
+        """The handler that was there before."""
+        if self._ours:
+            signal.signal(signal.SIGINT, self._before)
 
 
 def _begin_worker() -> None:

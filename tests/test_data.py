@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from nvidia.dali.types import DALIDataType, DALIImageType
 from PIL import Image
 
 from fastssl import data
+from fastssl import pack as pack_module
 from pipelines.readers import packed
 
 RUN = [sys.executable, "-m", "fastssl.data"]
@@ -413,6 +415,24 @@ def test_ctrl_c_leaves_nothing(tmp_path, checkout, environ):
     assert process.returncode == 130
     assert said == f"interrupted: nothing is kept of {tmp_path}/store\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "images"]
+
+
+def test_ctrl_c_waits_until_no_lock_of_the_executor_can_be_held():
+    future: Future = Future()
+    future.set_result(["an image"])
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's: ignored
+    interrupt = pack_module._Interrupt()
+    try:
+        assert interrupt.result(future) == ["an image"]
+        signal.raise_signal(signal.SIGINT)  # anywhere: nothing is raised there
+        with pytest.raises(KeyboardInterrupt):
+            interrupt.result(future)
+        with pytest.raises(KeyboardInterrupt):
+            interrupt.result(Future())  # nor does one wait for what never comes
+    finally:
+        interrupt.restore()
+        restored = signal.signal(signal.SIGINT, before)
+    assert restored is signal.default_int_handler
 
 
 def test_a_worker_that_is_killed_is_one_line_and_leaves_nothing(tmp_path, checkout, environ):
