@@ -17,6 +17,7 @@ COMMANDS = (
     "soak",
     "demos",
     "probes",
+    "networks",
 )
 USAGE = f"usage: python -m benchmarks COMMAND ...\n\nCOMMAND is one of: {', '.join(COMMANDS)}"
 

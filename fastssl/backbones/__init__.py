@@ -7,5 +7,10 @@ values, and `backbone(options) -> nn.Module`, initialised from torch's global ge
     forward(x) -> [B, dim] and stages(x) -> dict[str, Tensor], every depth worth probing in order,
         the last being what forward returns.
 x is uint8 [B, 3, H, W] in 0 ... 255, normalised inside in float32, or a float tensor that is
-normalised already; any size, channels-last memory kept. tests/test_backbones.py checks all.
+normalised already (fastssl/pixels.py does both); channels-last memory kept. Any size that is not
+too small for the strides, which is refused with a ValueError that says the least; a network of one
+size only offers `image_size: int`. tests/test_backbones.py checks all.
+
+Options that several have are spelled alike: widening, representation, stem, patch_mode, last_relu,
+activation_checkpointing (fastssl/recompute.py), image_size.
 """

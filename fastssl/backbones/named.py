@@ -26,12 +26,17 @@ from torchvision.models import (
 )
 from torchvision.ops import Permute
 
+from fastssl import trial_pass
+from fastssl.pixels import Pixels
+from fastssl.recompute import checkpointed
+
 LIBRARIES = ("torchvision", "timm")
 TORCHVISION = tuple(list_models(torchvision.models))
 # torchvision's other networks take images of any size that is not too small.
 SIZE_ARGUMENTS = {"vit": "image_size", "maxvit": "input_size"}
 # Their children are depths worth probing, and not they themselves.
 _BODIES = ("features", "layers", "trunk_output", "blocks", "encoder.layers")
+MIN_BLOCKS = 4  # with fewer, what is kept is about what a block needs
 _POOLING = (nn.AdaptiveAvgPool2d, nn.Dropout, nn.Flatten)
 
 
@@ -47,11 +52,15 @@ class Options:
             cache): those named, else the library's default.
         image_size: pixels a side, for networks that take no other (vision transformers); null:
             what theirs were trained on.
+        activation_checkpointing: in training, keep of each block its input only, and compute it
+            again in the backward pass (Chen et al. 2016, arXiv:1604.06174): less memory, a third
+            more work, the same gradients.
     """
 
     name: str = "torchvision:resnet50"
     pretrained: bool = False
     image_size: int | None = None
+    activation_checkpointing: bool = False
 
     def __post_init__(self):
         library, _, name = self.name.partition(":")
@@ -80,7 +89,8 @@ def backbone(options: Options) -> "Backbone":
     """The network without its classifier.
 
     Raises:
-        ValueError: it does not take this image_size, or its published weights cannot be fetched.
+        ValueError: it does not take this image_size, its published weights cannot be fetched, or it
+            has no blocks to compute again.
     """
     return Backbone(options)
 
@@ -88,21 +98,20 @@ def backbone(options: Options) -> "Backbone":
 class Backbone(nn.Module):
     """Images to features [B, dim]: what the network's last linear layer would have classified."""
 
-    scale: Tensor
-    shift: Tensor
-
     def __init__(self, options: Options):
         super().__init__()
         library, _, name = options.name.partition(":")
         make = _from_torchvision if library == "torchvision" else _from_timm
         made = make(name, options.pretrained, options.image_size)
         self.library = library
-        self.network, self.dim, self.normalization, self.image_size = made
-        mean, std = (torch.tensor(part).reshape(1, 3, 1, 1) for part in self.normalization)
-        scale = 1 / (255 * std)
-        # not in state_dict(): the library has no such keys
-        self.register_buffer("scale", scale, persistent=False)
-        self.register_buffer("shift", -mean * 255 * scale, persistent=False)
+        self.network, self.dim, self.normalization, usual, is_fixed = made
+        self.image_size = usual if is_fixed else None  # pixels a side; None: of any size
+        least = 1 if is_fixed else trial_pass.least_side(self.network, usual)
+        remedy = "or another network: fastssl.backbones.resnet with backbone.stem=small takes 5"
+        self.pixels = Pixels(*self.normalization, least=least, remedy=remedy)
+        if options.activation_checkpointing:
+            side = usual if is_fixed else max(least, trial_pass.ANY)
+            _checkpoint_blocks(self.network, name, side)
         self.register_state_dict_post_hook(_without_prefix)
         self.register_load_state_dict_pre_hook(_with_prefix)
 
@@ -131,12 +140,40 @@ class Backbone(nn.Module):
         if size is not None and x.shape[2:] != (size, size):
             raise ValueError(
                 f"images of {x.shape[2]} x {x.shape[3]} pixels for a network that takes {size} x "
-                f"{size} only: give backbone.image_size, or another network (convolutional ones "
-                "take any size)"
+                f"{size} only: give it those, or backbone.image_size, or another network "
+                "(convolutional ones take any size)"
             )
-        if x.dtype == torch.uint8:
-            x = torch.addcmul(self.shift, x, self.scale)  # one pass: no float copy of the bytes
-        return x
+        return self.pixels(x)
+
+
+class Recomputed(nn.Module):
+    """A block of which only the input is kept for the backward pass; state_dict() is the block's.
+
+    In training only: elsewhere the block is called as it is.
+    """
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        self.network = block
+        self.register_state_dict_post_hook(_without_prefix)
+        self.register_load_state_dict_pre_hook(_with_prefix)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the block makes of `x`."""
+        if self.training and torch.is_grad_enabled():
+            return checkpointed(self.network, x)
+        return self.network(x)
+
+
+def _checkpoint_blocks(network: nn.Module, name: str, side: int) -> None:
+    blocks = trial_pass.blocks(network, side)
+    if len(blocks) < MIN_BLOCKS:
+        raise ValueError(
+            f"activation_checkpointing (true): {name} has {len(blocks)} blocks that could be "
+            "computed again one by one: give false, or another network"
+        )
+    for path in blocks:
+        network.set_submodule(path, Recomputed(network.get_submodule(path)))
 
 
 # Names.
@@ -173,23 +210,23 @@ def _near(name: str, known: tuple[str, ...]) -> str:
 
 # torchvision: the last linear layer goes, and its inputs are the features.
 
-_Made = tuple[nn.Module, int, tuple[Any, Any], int | None]
+# The network, the length of its features, its normalization, the pixels a side that it was made
+# for, and whether it takes no others.
+_Made = tuple[nn.Module, int, tuple[Any, Any], int, bool]
 
 
 def _from_torchvision(name: str, pretrained: bool, image_size: int | None) -> _Made:
-    """The network, the length of its features, its normalization, and its size if it has one."""
     architecture, _, tag = name.partition(".")
     weights = get_model_weights(architecture)
     chosen = weights[tag] if tag else weights["DEFAULT"]
     arguments: dict[str, Any] = {}
     size_argument = SIZE_ARGUMENTS.get(architecture.partition("_")[0])
     preset = chosen.transforms()
-    size = None
+    size = image_size or preset.crop_size[0]
     if size_argument is not None:
-        size = image_size or preset.crop_size[0]
         arguments[size_argument] = (size, size) if size_argument == "input_size" else size
     elif image_size is not None:
-        raise ValueError(f"image_size ({image_size}): {name} takes images of any size: give null")
+        raise ValueError(f"image_size ({image_size}): {name} has no option for it: give null")
     if architecture in ("googlenet", "inception_v3"):
         # With weights torchvision sets both; without, a warning and other features would follow.
         arguments["transform_input"] = True
@@ -211,7 +248,8 @@ def _from_torchvision(name: str, pretrained: bool, image_size: int | None) -> _M
         parts += [("flatten", nn.Flatten()), ("classifier", network.classifier)]
         network = nn.Sequential(OrderedDict(parts))
     dim = cut_classifier(network)[1]
-    return network, dim, (tuple(preset.mean), tuple(preset.std)), size
+    normalization = (tuple(preset.mean), tuple(preset.std))
+    return network, dim, normalization, size, size_argument is not None
 
 
 def cut_classifier(network: nn.Module) -> tuple[str, int]:
@@ -290,26 +328,24 @@ def _as_map(network: nn.Module, module: nn.Module, output: Tensor) -> Tensor:
 
 
 def _from_timm(name: str, pretrained: bool, image_size: int | None) -> _Made:
-    """The network, the length of its features, its normalization, and its size if it has one."""
     timm = _timm()
-    size: dict[str, int] = {} if image_size is None else {"img_size": image_size}
+    given: dict[str, int] = {} if image_size is None else {"img_size": image_size}
     try:
-        network = timm.create_model(name, pretrained=pretrained, num_classes=0, **size)
+        network = timm.create_model(name, pretrained=pretrained, num_classes=0, **given)
     except OSError as error:
         raise ValueError(_not_fetched(name, error, *_hub_remedy())) from None
     except TypeError as error:
         if "img_size" not in str(error):
             raise
         raise ValueError(
-            f"image_size ({image_size}): {name} takes images of any size: give null"
+            f"image_size ({image_size}): {name} has no option for it: give null"
         ) from None
     except AssertionError as error:
         raise ValueError(f"image_size ({image_size}): {name}: {error}") from None
     card = network.pretrained_cfg
-    fixed = None
-    if card.get("fixed_input_size", False):
-        fixed = image_size or card["input_size"][1]
-    return network, network.head_hidden_size, (tuple(card["mean"]), tuple(card["std"])), fixed
+    normalization = (tuple(card["mean"]), tuple(card["std"]))
+    size, is_fixed = image_size or card["input_size"][1], card.get("fixed_input_size", False)
+    return network, network.head_hidden_size, normalization, size, is_fixed
 
 
 def _timm_stages(network: Any, x: Tensor) -> dict[str, Tensor]:

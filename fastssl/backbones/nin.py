@@ -7,8 +7,9 @@ pooling and weights as in architectures/NetworkInNetwork.py of gidariss/FeatureL
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
+
+from fastssl.pixels import Pixels
 
 MEAN = (125.3 / 255, 123.0 / 255, 113.9 / 255)  # of CIFAR-10's red, green and blue in 0 ... 1,
 STD = (63.0 / 255, 62.1 / 255, 66.7 / 255)  # as RotNet's dataloader.py has them
@@ -42,12 +43,10 @@ def backbone(options: Options) -> "Backbone":
 class Backbone(nn.Module):
     """Images to features [B, dim]; made for 32 x 32 pixels, takes any size."""
 
-    scale: Tensor
-    shift: Tensor
-
     def __init__(self, options: Options):
         """Blocks conv1 ... convN; height and width are halved at the end of the first two."""
         super().__init__()
+        self.pixels = Pixels(MEAN, STD, least=3)  # two poolings that halve, rounding up
         width = options.width
         first = _block(3, (width, width * 5 // 6, width // 2), 5)
         second = _block(width // 2, (width, width, width), 5)
@@ -60,13 +59,13 @@ class Backbone(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        scale = 1 / (255 * torch.tensor(STD).reshape(1, 3, 1, 1))
-        shift = -torch.tensor(MEAN).reshape(1, 3, 1, 1) * 255 * scale
-        self.register_buffer("scale", scale, persistent=False)
-        self.register_buffer("shift", shift, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Features [B, dim] of `x` [B, 3, H, W]: uint8 in 0 ... 255, or normalised floats."""
+        """Features [B, dim] of `x` [B, 3, H, W]: uint8 in 0 ... 255, or normalised floats.
+
+        Raises:
+            ValueError: the images are smaller than 3 x 3.
+        """
         return self.stages(x)["pool"]
 
     def stages(self, x: Tensor) -> dict[str, Tensor]:
@@ -75,8 +74,7 @@ class Backbone(nn.Module):
         conv1 ... convN: [B, C, H, W] after the block, its pooling included, as RotNet probes them;
         pool: [B, dim], the mean over the last of them, what forward returns.
         """
-        if x.dtype == torch.uint8:
-            x = torch.addcmul(self.shift, x, self.scale)  # one pass: no float copy of the bytes
+        x = self.pixels(x)
         stages: dict[str, Tensor] = {}
         for number, block in enumerate(self.blocks, 1):
             x = stages[f"conv{number}"] = block(x)
