@@ -12,6 +12,7 @@ import hashlib
 import importlib
 import json
 from dataclasses import asdict
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +216,59 @@ def unlike(tensors: dict[str, torch.Tensor], backbone: nn.Module) -> str:
         for what, names in differences.items()
         if names
     )
+
+
+def of_another_width(
+    tensors: dict[str, torch.Tensor], backbone: nn.Module, use: str, options: dict[str, Any]
+) -> str:
+    """Says of which width `tensors` are, if that alone keeps them from fitting; else empty.
+
+    Args:
+        tensors: a state dict that does not fit.
+        backbone: what it should go into.
+        use: its module.
+        options: its Options, all of them.
+    """
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    differing = [
+        (shapes[name], tensor.shape)
+        for name, tensor in backbone.state_dict().items()
+        if name in shapes and len(shapes[name]) == tensor.ndim > 0 and shapes[name] != tensor.shape
+    ]
+    if not differing or 0 in differing[0][1]:
+        return ""
+    ratio = Fraction(differing[0][0][0], differing[0][1][0])
+    # Tried, not assumed: at what is named the weights do fit.
+    for key, here in _widths(options).items():
+        there = here * ratio
+        if there.denominator == 1 and _shapes(use, {**options, key: int(there)}) == shapes:
+            return (
+                f"the weights are of {key} {there}, the backbone is of {key} {here}: did you mean "
+                f"backbone.{key}={there}?"
+            )
+    return ""
+
+
+def _widths(options: dict[str, Any]) -> dict[str, Fraction]:
+    """Options that multiply all channels, that which is in use first."""
+    widening, width = options.get("widening"), options.get("width")
+    found = {"widening": widening} if widening is not None else {"width": width}
+    if "widening" in options and widening is None and width is not None:
+        found["widening"] = Fraction(width, 16)  # as fastssl/backbones/resnet.py has it
+    return {key: Fraction(value) for key, value in found.items() if value is not None}
+
+
+def _shapes(use: str, options: dict[str, Any]) -> dict[str, torch.Size] | None:
+    """Of the state dict of another backbone of the module; None if there is no such one."""
+    module = importlib.import_module(use)
+    # JSON has no tuples.
+    arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+    try:
+        with torch.device("meta"):
+            state = module.backbone(module.Options(**arguments)).state_dict()
+    except (TypeError, ValueError, RuntimeError):  # refused, or not to be had without numbers
+        return None
+    return {name: tensor.shape for name, tensor in state.items()}
 
 
 def _more(names: list[str]) -> str:

@@ -130,10 +130,9 @@ def _run(backbone: Any, like: Tensor) -> dict[str, Tensor]:
 
 def _sides(backbone: nn.Module) -> tuple[int, ...]:
     """What to try: the network's own size, where it takes no other."""
-    from fastssl.backbones import named  # noqa: PLC0415  # torchvision's models: a second
-
-    if isinstance(backbone, named.Backbone) and backbone.image_size is not None:
-        return (backbone.image_size,)
+    size = vars(backbone).get("image_size")  # of those whose layers cover the whole image
+    if size is not None:
+        return (size,)
     return _SIDES
 
 

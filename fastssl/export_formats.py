@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import safetensors.torch
@@ -30,7 +30,7 @@ from torchvision.models import get_model, list_models
 from torchvision.transforms.v2 import functional
 
 from fastssl import backbone_file, classifier, demo, loader, model_card, patch_network
-from fastssl.backbones import named
+from fastssl.backbones import named, resnet_v2
 from fastssl.config import Part, RecipeError
 from fastssl.patch_network import Standardization
 from fastssl.trained import NAMED, RESNET, Trained
@@ -39,6 +39,7 @@ FORMATS = ("torchvision", "timm", "safetensors", "onnx", "torchscript")
 TOLERANCE = 1e-4  # greatest difference, as a part of the greatest feature
 IMAGES = 8  # of the built-in ones, compared
 SUMS = "SHA256SUMS"  # as sha256sum writes it; marks a folder as an export
+RESNET_V2 = resnet_v2.__name__
 
 Features = Callable[[Tensor], Tensor]  # uint8 [B, 3, H, W] -> [B, dim]
 
@@ -297,6 +298,12 @@ def _other_side(trained: Trained, library: str) -> tuple[nn.Module, str]:
         RecipeError: there is none, or it is another network.
     """
     name, tag, size = _name_in_libraries(trained, library)
+    differences = _differences(trained)
+    if differences:  # of which weights alone need not tell: strides and ReLUs have none
+        raise RecipeError(
+            f"{trained.name}: {library}'s {name} is another network: this one has "
+            f"{', '.join(differences)}; {_ELSEWHERE}"
+        )
     if library == "timm":
         build, network = _timm_network(trained, name, tag, size)
     else:
@@ -312,7 +319,7 @@ def _other_side(trained: Trained, library: str) -> tuple[nn.Module, str]:
         more = f" and {len(unlike) - 3} more" if len(unlike) > 3 else ""
         raise RecipeError(
             f"{trained.name}: {library}'s {name} is another network: "
-            f"{_why(trained)}{', '.join(unlike[:3])}{more}; {_ELSEWHERE}"
+            f"{', '.join(unlike[:3])}{more}; {_ELSEWHERE}"
         )
     return network, build
 
@@ -324,18 +331,29 @@ def _shape(shape: tuple[int, ...] | None) -> str:
     return "none" if shape is None else str(shape)
 
 
-def _why(trained: Trained) -> str:
-    """In words, where the options of our ResNets say it."""
-    said = []
-    if trained.use == RESNET and trained.options.get("width", 64) != 64:
-        said.append(f"this one has width {trained.options['width']}, not 64")
-    if trained.use == RESNET and trained.options.get("stem", "standard") != "standard":
-        said.append("this one has the small stem (3x3, no pool)")
-    return "".join(f"{each}; " for each in said)
+def _differences(trained: Trained) -> list[str]:
+    """What options of our ResNets say that the libraries' have not, in words."""
+    options, said = trained.options, []
+    if trained.use == RESNET and options.get("width", 64) != 64:
+        said.append(f"width {options['width']}, not 64")
+    if trained.use == RESNET and options.get("widening") not in (None, 4):
+        said.append(f"widening {options['widening']}, not 4")
+    if trained.use in (RESNET, RESNET_V2):
+        if options.get("stem", "standard") != "standard":
+            said.append("the small stem (3x3, no pool)")
+        if options.get("patch_mode"):
+            said.append("the strides of patch mode")
+        if options.get("representation") is not None:
+            said.append(f"a linear layer of {options['representation']} behind its pooling")
+    if trained.use == RESNET_V2 and not options.get("last_relu", True):
+        said.append("no last ReLU")
+    return said
 
 
 def _name_in_libraries(trained: Trained, library: str) -> tuple[str, str, int | None]:
     """Architecture, set of weights and image size, as `library` may call them."""
+    if (trained.use, library) == (RESNET_V2, "timm"):
+        return "resnetv2_50", "", None
     name = str(trained.options.get("name", ""))
     origin, _, rest = name.partition(":") if trained.use == NAMED else ("torchvision", "", name)
     architecture, _, tag = rest.partition(".")
@@ -377,11 +395,19 @@ def _torchvision_network(trained: Trained, name: str, size: int | None) -> tuple
 
 def _timm_network(trained: Trained, name: str, tag: str, size: int | None) -> tuple[str, nn.Module]:
     whole = f"{name}.{tag}" if tag else name
-    arguments = {} if size is None or trained.use != NAMED else {"img_size": size}
+    arguments = _timm_arguments(trained, size)
     with torch.random.fork_rng(devices=[]):
         network = _timm().create_model(whole, num_classes=0, **arguments)
     given = "".join(f", {key}={value!r}" for key, value in arguments.items())
     return f"network = timm.create_model('{whole}', num_classes=0{given})", network
+
+
+def _timm_arguments(trained: Trained, size: int | None) -> dict[str, Any]:
+    """What timm must be told beside the name."""
+    if trained.use == RESNET_V2:
+        widening = trained.options.get("widening", 4)
+        return {} if widening == 4 else {"width_factor": widening / 4}
+    return {} if size is None or trained.use != NAMED else {"img_size": size}
 
 
 def _timm_config(trained: Trained, pixels: Tensor) -> dict[str, Any]:
@@ -408,7 +434,8 @@ def _timm_config(trained: Trained, pixels: Tensor) -> dict[str, Any]:
             "std": std,
         },
     }
-    return config if size is None else {**config, "model_args": {"img_size": size}}
+    arguments = _timm_arguments(trained, size)
+    return {**config, "model_args": arguments} if arguments else config
 
 
 def _timm() -> Any:
@@ -420,9 +447,16 @@ def _timm() -> Any:
         raise RecipeError("--to timm needs timm: pip install 'fastssl[timm]'") from None
 
 
+@runtime_checkable
+class _OfOneSize(Protocol):
+    """A backbone that may take images of one size only."""
+
+    image_size: int | None  # pixels a side; None: any
+
+
 def _fixed_size(trained: Trained) -> int | None:
     backbone = trained.backbone
-    return backbone.image_size if isinstance(backbone, named.Backbone) else None
+    return backbone.image_size if isinstance(backbone, _OfOneSize) else None
 
 
 def _is_any_size(trained: Trained) -> bool:
@@ -551,6 +585,10 @@ def _to_torchscript(trained: Trained, ours: _Pixels, pixels: Tensor, folder: Pat
     # when a release takes torch.jit.trace away: then this format goes.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"`torch\.jit", FutureWarning)
+        # Refusals of sizes, which a trace leaves out. What else might depend on the batch shows
+        # when it is compared for others.
+        told = "Converting a tensor to a Python boolean"
+        warnings.filterwarnings("ignore", told)
         # Through memory: PyTorch's own writer says nothing of why a disk took no more.
         memory = io.BytesIO()
         torch.jit.save(torch.jit.trace(ours, pixels), memory)

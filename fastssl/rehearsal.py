@@ -1,4 +1,4 @@
-"""One batch on paper: the graph on a real image, the objective on tensors that only have shapes.
+"""One batch on paper: a graph on a real image, a network on tensors that only have shapes.
 
 What does not fit (another number of patches than the head was made for, batch norm over a single
 image, a network that shrinks the image to nothing) is told before a device is touched, and costs
@@ -16,6 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastssl.config import Part, RecipeError
 from fastssl.loader import DataError, Loader, Options
+from fastssl.patch_network import Standardization
+from fastssl.representation import represent
 
 TRIES = 8  # images, until one can be decoded
 
@@ -40,10 +42,7 @@ def rehearse(
     if tensors is None:
         return  # the loader will say which files can't be decoded
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    # Copied with shapes in place of weights: a bank of a million rows is not copied.
-    originals = [*objective.parameters(), *objective.buffers()]
-    shapes: dict[int, Any] = {id(tensor): mode.from_tensor(tensor) for tensor in originals}
-    on_paper = copy.deepcopy(objective, shapes)
+    on_paper = _on_paper(objective, mode)
     with mode, torch.enable_grad():
         batch = {
             key: torch.empty((images, *tensor.shape[1:]), dtype=tensor.dtype)
@@ -58,6 +57,48 @@ def rehearse(
                 f"{name} can't be trained on what {pipeline.use} puts out, {images} images at a "
                 f"time (train.batch / (processes x train.accumulate)): {error}"
             ) from error
+
+
+def rehearse_probe(
+    data: Part, samples: Any, evaluation: Part, backbone: nn.Module, how: Standardization
+) -> None:
+    """Sends the shapes of one image of the evaluation graph through the backbone.
+
+    Args:
+        data: the reader.
+        samples: its listing.
+        evaluation: the graph.
+        backbone: on the CPU; left as it was.
+        how: as `represent` takes it.
+
+    Raises:
+        RecipeError: the backbone refuses images of that size.
+    """
+    tensors = _one_image(data, samples, evaluation)
+    if tensors is None:
+        return
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    on_paper = _on_paper(backbone, mode).eval()
+    with mode, torch.no_grad():
+        shapes = {
+            key: torch.empty(tensor.shape, dtype=tensor.dtype) for key, tensor in tensors.items()
+        }
+        try:
+            # As above: what a rehearsal can't do says nothing of the run.
+            with contextlib.suppress(NotImplementedError, RuntimeError):
+                represent(on_paper, shapes, how)
+        except ValueError as error:
+            raise RecipeError(
+                f"the backbone can't be probed on what {evaluation.use} puts out: {error} (the "
+                "section evaluation says their size)"
+            ) from error
+
+
+def _on_paper(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """A copy with shapes in place of weights: a bank of a million rows is not copied."""
+    originals = [*module.parameters(), *module.buffers()]
+    shapes: dict[int, Any] = {id(tensor): mode.from_tensor(tensor) for tensor in originals}
+    return copy.deepcopy(module, shapes)
 
 
 def _one_image(data: Part, samples: Any, pipeline: Part) -> dict[str, Tensor] | None:

@@ -6,7 +6,6 @@ one that is finished is not run again: the same command goes on where it stopped
 
 import contextlib
 import csv
-import hashlib
 import itertools
 import json
 import os
@@ -46,6 +45,17 @@ class Point:
 
 
 @dataclass(frozen=True)
+class Wish:
+    """One run of the grid, as yet unchecked."""
+
+    recipe: str  # its path
+    overrides: tuple[str, ...]  # of the command line, for all runs
+    given: dict[str, Any]  # dotted key -> value, of this one
+    name: str
+    values: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What came of a point; accuracies 0 ... 1."""
 
@@ -75,29 +85,47 @@ def plan(
     Raises:
         RecipeError: a key or a value is wrong for the recipe; every mistake, one a line.
     """
-    points: list[Point] = []
-    mistakes: list[str] = []
+    wishes = []
     for seed, values in itertools.product(seeds or [None], itertools.product(*keys.values())):
         given = dict(zip(keys, values, strict=True))
         if seed is not None:
             given["train.seed"] = seed
         name = ",".join(f"{key.rpartition('.')[2]}={_in_name(v)}" for key, v in given.items())
-        own = [f"{key}={in_yaml(_plain(value))}" for key, value in given.items()]
-        line = (*overrides, *own, f"train.out={in_yaml(str(out / name))}")
+        wishes.append(Wish(recipe, tuple(overrides), given, name, values))
+    return points_of(wishes, out, remedy="sweep.out=...")
+
+
+def points_of(wishes: Sequence[Wish], out: Path, *, remedy: str) -> list[Point]:
+    """The wishes, checked.
+
+    Args:
+        wishes: in the order in which they are to run.
+        out: folder of the run folders.
+        remedy: what names another such folder on the command line.
+
+    Raises:
+        RecipeError: a key or a value is wrong for a recipe; every mistake, one a line. Or two runs
+            would share a folder, or one holds a finished run of another recipe.
+    """
+    points: list[Point] = []
+    mistakes: list[str] = []
+    for wish in wishes:
+        own = [f"{key}={in_yaml(_plain(value))}" for key, value in wish.given.items()]
+        line = (*wish.overrides, *own, f"train.out={in_yaml(str(out / wish.name))}")
         try:
-            loaded = config.load(recipe, line)
+            loaded = config.load(wish.recipe, line)
         except RecipeError as error:
             mistakes += str(error).splitlines()
             continue
-        point = Point(values, loaded.train.seed, name, out / name, line, loaded)
-        points.append(point)
+        seed = loaded.train.seed
+        points.append(Point(wish.values, seed, wish.name, out / wish.name, line, loaded))
     if mistakes:
         raise RecipeError("\n".join(dict.fromkeys(mistakes)))
     names = [point.name for point in points]
     if twice := {name for name in names if names.count(name) > 1}:
         raise RecipeError(f"two points would share a folder: {', '.join(sorted(twice))}")
     for point in points:
-        _refuse_other(point)
+        _refuse_other(point, remedy)
     return points
 
 
@@ -181,26 +209,10 @@ def knn(point: Point) -> tuple[float | None, float | None]:
     return (lines[-1]["accuracy"] if lines else None), first
 
 
-def weights(point: Point) -> str:
-    """SHA-256 of the finished run's backbone.json: its weights' own is in it, and their recipe."""
-    return hashlib.sha256((point.folder / "backbone.json").read_bytes()).hexdigest()
-
-
-def linear(folder: Path) -> float | None:
-    """The accuracy of the last linear probe of the last stage in a folder's metrics.jsonl."""
-    lines = [line for line in journal.read(folder) if line.get("probe") == "linear"]
-    return lines[-1]["accuracy"] if lines else None
-
-
 def pretext(point: Point) -> float | None:
     """The accuracy of the task in the last line of the run; None for a task without one."""
     lines = [line for line in journal.read(point.folder) if "loss" in line]
     return lines[-1].get("accuracy") if lines else None
-
-
-def fingerprint(of: Any) -> str:
-    """Of plain types: the name of a measurement, of all that it depends on."""
-    return hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def measured(out: Path) -> dict[str, float]:
@@ -250,7 +262,7 @@ def write_runs(out: Path, keys: Sequence[str], outcomes: Sequence[Outcome], abou
     part.replace(out / "sweep.csv")
 
 
-def _refuse_other(point: Point) -> None:
+def _refuse_other(point: Point, remedy: str) -> None:
     """A finished run of the same name must be the run that would be made.
 
     Raises:
@@ -266,7 +278,7 @@ def _refuse_other(point: Point) -> None:
     if unlike:
         raise RecipeError(
             f"{point.folder} holds a finished run of another recipe ({'; '.join(unlike[:3])}"
-            f"{' ...' * (len(unlike) > 3)}): name another folder (sweep.out=...)"
+            f"{' ...' * (len(unlike) > 3)}): name another folder ({remedy})"
         )
 
 

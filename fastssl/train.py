@@ -57,7 +57,7 @@ from fastssl.config import Recipe
 from fastssl.head_probe import HeadProbe
 from fastssl.loader import DataError, Loader, output_names, threads_per_process
 from fastssl.loader import Options as LoaderOptions
-from fastssl.rehearsal import rehearse
+from fastssl.rehearsal import rehearse, rehearse_probe
 
 COLLAPSED = 0.03  # std of the embeddings, where 1 is spread out and 0 a single point
 
@@ -219,6 +219,9 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
         # Objectives that compare images join those of all processes, of which here is but one.
         images=max(batch // options.accumulate, min(2, world)),
     )
+    if knn is not None:
+        how = representation.standardization(recipe.values)
+        rehearse_probe(recipe.data, samples, recipe.evaluation, backbone, how)
 
     # ---- The run folder: nothing is written before --------------------------------------------
     start, saved = None, None

@@ -2,8 +2,9 @@
 
 runs/rotation              a finished run folder, or its backbone.json
 weights.safetensors        with a backbone.json beside it, or backbone.use and backbone.name=...
-random:resnet50            fresh weights: of a network of fastssl.backbones.resnet, of a
-                           recipe's backbone (random:recipes/x.yaml), of a run's (random:runs/x)
+random:resnet50            fresh weights: of a network of fastssl.backbones.resnet, of another file
+                           there (random:revnet), of a library's network (random:timm:vit_tiny_...),
+                           of a recipe's (random:recipes/x.yaml), of a run's (random:runs/x)
 torchvision:resnet50, timm:convnext_tiny, resnet50
                            a published network with its published weights
 """
@@ -11,7 +12,8 @@ torchvision:resnet50, timm:convnext_tiny, resnet50
 import hashlib
 import importlib
 import json
-from dataclasses import asdict, dataclass, fields
+import pkgutil
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,7 +23,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from fastssl import backbone_file, config, representation
+from fastssl import backbone_file, backbones, config, representation
 from fastssl.config import RecipeError
 from fastssl.patch_network import Standardization
 from fastssl.recipe_text import did_you_mean
@@ -199,7 +201,7 @@ def _lone(path: Path, given: dict[str, Any], ignore: tuple[str, ...]) -> Trained
             f"{path}: no {_CARD} lies beside it: say which network it is of, as "
             "backbone.name=resnet50 (backbone.use=fastssl.backbones.resnet)"
         )
-    _fit(path, tensors, backbone, described)
+    _fit(path, tensors, backbone, described, use, options)
     _check_finite(tensors, str(path))
     backbone.load_state_dict(tensors)
     if card is not None:
@@ -233,11 +235,30 @@ def _random(
     elif "/" in name:
         raise RecipeError(f"{run}: there is no {path}")
     else:
-        use, options = given.pop("use", RESNET), {"name": name}
+        use, options = _fresh(run, name, given)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         backbone, options = _build(use, {**options, **given})
     return _without_card(run, backbone, use, options, preprocessing, standardize)
+
+
+def _fresh(run: str, name: str, given: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The module and first option of random:NAME; takes `use` out of what is given."""
+    if "use" in given:
+        return given.pop("use"), {"name": name}
+    if name.partition(":")[0] in ("torchvision", "timm"):
+        return NAMED, {"name": name}
+    files = [each.name for each in pkgutil.iter_modules(backbones.__path__)]
+    if name in files and "name" not in given:
+        module = importlib.import_module(f"{backbones.__name__}.{name}")
+        required = [each.name for each in fields(module.Options) if each.default is MISSING]
+        if required:
+            raise RecipeError(f"{run}: that file holds many networks: give one, as random:resnet50")
+        return module.__name__, {}
+    near = did_you_mean(name, [*files, *_import(RESNET).NAMES], "random:")
+    if name not in _import(RESNET).NAMES and near:
+        raise RecipeError(f"{run} names no network{near}")
+    return RESNET, {"name": name}
 
 
 def _published(run: str) -> Trained:
@@ -317,11 +338,21 @@ def _import(use: str) -> ModuleType:
         raise RecipeError(f"backbone.use: there is no module {use}") from error
 
 
-def _fit(path: Path, tensors: dict[str, Tensor], backbone: nn.Module, described: str) -> None:
-    """Refuse weights that are not exactly the backbone's, naming the keys."""
+def _fit(
+    path: Path,
+    tensors: dict[str, Tensor],
+    backbone: nn.Module,
+    described: str,
+    use: str,
+    options: dict[str, Any],
+) -> None:
+    """Refuse weights that are not exactly the backbone's, naming the keys or both widths."""
     try:
         backbone_file.refuse_others(Path(described), path, tensors, backbone)
     except RecipeError as error:
+        width = backbone_file.of_another_width(tensors, backbone, use, options)
+        if width:
+            raise RecipeError(f"{path} does not fit {described}: {width}") from error
         spare = sorted(tensors.keys() - backbone.state_dict().keys())
         missing = backbone.state_dict().keys() - tensors.keys()
         if not spare or missing:

@@ -50,12 +50,16 @@ def load_into(backbone: nn.Module, run: str, section: dict[str, Any]) -> str:
 
     Raises:
         RecipeError: there is no such run, or its weights are not exactly the backbone's: names
-            those that are missing, unexpected or of another shape.
+            those that are missing, unexpected or of another shape, or both widths.
     """
     found = source(run, section)
     tensors = found.backbone.state_dict()
     told = backbone_file.unlike(tensors, backbone)
     if told:
+        here = {key: value for key, value in section.items() if key != "use"}
+        width = backbone_file.of_another_width(tensors, backbone, section["use"], here)
+        if width:
+            raise RecipeError(f"train.weights ({run}) do not fit this recipe's backbone: {width}")
         options = ", ".join(f"{key}: {value}" for key, value in found.options.items())
         raise RecipeError(
             f"train.weights ({run}) are not those of this recipe's backbone; {told}. "

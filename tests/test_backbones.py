@@ -1,22 +1,32 @@
+"""Every backbone file keeps the contract; and fastssl.backbones.resnet in particular."""
+
+import copy
 import dataclasses
 import importlib
 import inspect
+import re
 from pathlib import Path
 
 import pytest
 import torch
 import torchvision
+from torch import Tensor, nn
 
 from fastssl.backbones import resnet
 
 FILES = sorted((Path(__file__).parents[1] / "fastssl/backbones").glob("[!_]*.py"))
 NAMES = [file.stem for file in FILES]
 EXAMPLES = {  # a small network of each file
-    "resnet": {"name": "resnet18", "stem": "small"},
+    "resnet": {"name": "resnet10", "widening": 1, "stem": "small"},
+    "revnet": {"widening": 1},
+    "vgg": {"widening": 1, "image_size": 32},
+    "alexnet": {"image_size": 32, "stem": "small"},
     "nin": {"blocks": 3, "width": 12},
     "named": {"name": "timm:convnext_atto"},
+    "resnet_v2": {"widening": 1},
 }
 STAGES = ["stem", "layer1", "layer2", "layer3", "layer4", "pool"]
+DOUBLED = re.compile(r"^(\d+)(?:, (\d+))?")  # channels, with which torch describes a layer
 
 
 def images(size=32, count=2):
@@ -29,6 +39,27 @@ def images(size=32, count=2):
 def build(**options):
     torch.manual_seed(0)
     return resnet.backbone(resnet.Options(**options)).eval()
+
+
+def example(name, **options):
+    """The small network of a file, always with the same weights."""
+    module = importlib.import_module(f"fastssl.backbones.{name}")
+    torch.manual_seed(0)
+    return module.backbone(module.Options(**EXAMPLES[name], **options))
+
+
+def has_option(name, option):
+    options = importlib.import_module(f"fastssl.backbones.{name}").Options
+    return option in [field.name for field in dataclasses.fields(options)]
+
+
+def layers(network):
+    return network.state_dict()
+
+
+def double(match):
+    """Twice the channels, but for the image's."""
+    return ", ".join("3" if part == "3" else str(2 * int(part)) for part in match.groups() if part)
 
 
 def test_every_backbone_file_has_an_example_here():
@@ -66,6 +97,82 @@ def test_backbone_file_gives_the_same_weights_from_the_same_seed(name):
 
     assert all(torch.equal(states[0][each], states[1][each]) for each in states[0])
     assert not torch.equal(states[0][key], states[2][key])
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("named",)])
+def test_backbone_file_says_the_least_size_and_takes_it(name):
+    network = example(name).eval()
+    least = network.pixels.least
+    with torch.no_grad():
+        if "image_size" not in EXAMPLES[name]:
+            *_, map_, _ = network.stages(images(least)).values()
+            assert min(map_.shape[2:]) >= 1
+
+        expected = rf"images of {least - 1} x {least - 1} pixels are too small .* need {least} pix"
+        with pytest.raises(ValueError, match=expected):
+            network(images(least - 1))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_backbone_file_keeps_channels_last_memory_and_works_under_autocast(name):
+    network = example(name).eval().to(memory_format=torch.channels_last)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        stages = network.stages(images())
+    maps = [each for each in stages.values() if each.ndim == 4 and min(each.shape[1:]) > 1]
+
+    assert maps
+    assert all(each.is_contiguous(memory_format=torch.channels_last) for each in maps)
+    assert all(each.isfinite().all() for each in stages.values())
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if has_option(name, "representation")])
+def test_a_representation_of_another_size_is_one_linear_layer_on_top(name):
+    plain, more = (example(name, **given).eval() for given in ({}, {"representation": 7}))
+    with torch.no_grad():
+        features, stages = plain(images()), more.stages(images())
+    kept = {key: each for key, each in more.state_dict().items() if "representation." not in key}
+    weight, bias = (more.state_dict()[f"representation.{part}"] for part in ("weight", "bias"))
+
+    assert more.dim == 7
+    assert list(stages) == [*plain.stages(images()), "representation"]
+    assert weight.shape == (7, plain.dim)
+    assert kept.keys() == plain.state_dict().keys()
+    assert all(torch.equal(kept[key], each) for key, each in plain.state_dict().items())
+    torch.testing.assert_close(stages["representation"], features @ weight.T + bias)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in NAMES if has_option(name, "activation_checkpointing")]
+)
+def test_checkpointed_activations_change_nothing_but_the_memory(name):
+    x = images(count=3).double() / 255
+    results: list[tuple[Tensor, list[Tensor | None], dict[str, Tensor], int]] = []
+    for given in ({}, {"activation_checkpointing": True}):
+        network = example(name, **given).double().train()
+        sizes: list[int] = []
+
+        def keep(tensor: Tensor, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(tensor.nbytes)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            features = network(x)
+        features.square().sum().backward()
+        gradients = [each.grad for each in network.parameters()]
+        results.append((features.detach(), gradients, network.state_dict(), sum(sizes)))
+    (features, gradients, state, kept), (again, recomputed, other_state, less) = results
+
+    assert torch.equal(features, again)
+    assert all(
+        each is not None and other is not None and torch.equal(each, other)
+        for each, other in zip(gradients, recomputed, strict=True)
+    )
+    assert state.keys() == other_state.keys()
+    assert all(torch.equal(each, other_state[key]) for key, each in state.items())
+    assert less < kept
+
+
+# fastssl.backbones.resnet.
 
 
 @pytest.mark.parametrize(
@@ -184,3 +291,136 @@ def test_a_wider_network_of_basic_blocks_is_torchvisions_where_they_meet():
 def test_a_width_that_cannot_be_says_for_which_networks_it_can(name, width):
     with pytest.raises(ValueError, match=rf"width \({width}\) must be 64 for {name}, or the name"):
         resnet.Options(name=name, width=width)
+
+
+def test_resnet50_of_the_usual_width_is_torchvisions():
+    network = build(name="resnet50", widening=4)
+    torch.manual_seed(0)
+    theirs = torchvision.models.resnet50().eval()
+    theirs.set_submodule("fc", nn.Identity())
+    seen = {}
+    for stage in STAGES[1:5]:
+        hook = theirs.get_submodule(stage)
+        hook.register_forward_hook(lambda *given, stage=stage: seen.update({stage: given[2]}))
+    x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        stages, features = network.stages(x), theirs(x)
+
+    assert all(torch.equal(each, network.state_dict()[key]) for key, each in layers(theirs).items())
+    assert all(torch.equal(stages[stage], seen[stage]) for stage in STAGES[1:5])
+    assert torch.equal(stages["pool"], features)
+
+
+def test_widening_multiplies_every_channel_and_changes_nothing_else():
+    with torch.device("meta"):
+        wide, usual = build(name="resnet50", widening=8), torchvision.models.resnet50()
+    for path, ours in wide.named_modules():
+        if not isinstance(ours, nn.Conv2d | nn.BatchNorm2d | nn.MaxPool2d):
+            continue
+        there = usual.get_submodule(path)
+        assert ours.extra_repr() == DOUBLED.sub(double, there.extra_repr()), path
+    assert layers(wide).keys() == layers(usual).keys() - {"fc.weight", "fc.bias"}
+    assert wide.dim == 4096
+
+
+def test_torchvisions_wide_resnet_widens_the_inside_of_blocks_only():
+    with torch.device("meta"):
+        networks = build(name="resnet50", widening=8), build(name="wide_resnet50_2")
+    ours, theirs = (
+        {key: tuple(each.shape) for key, each in layers(network).items()} for network in networks
+    )
+
+    assert [network.dim for network in networks] == [4096, 2048]
+    assert (ours["conv1.weight"], theirs["conv1.weight"]) == ((128, 3, 7, 7), (64, 3, 7, 7))
+    for block in range(4):
+        inside, out = (f"layer2.{block}.{part}.weight" for part in ("conv2", "conv3"))
+        assert ours[inside] == theirs[inside] == (256, 256, 3, 3)
+        assert (ours[out], theirs[out]) == ((1024, 256, 1, 1), (512, 256, 1, 1))
+
+
+@pytest.mark.parametrize("name", ["resnet10", "resnet50", "resnext50_32x4d"])
+@pytest.mark.parametrize("widening", [1, 3])
+def test_every_network_can_be_widened(name, widening):
+    network = build(name=name, widening=widening, zero_init_residual=True)
+    with torch.no_grad():
+        stages = network.stages(images(17))
+    outside = 16 * widening * (1 if name == "resnet10" else 4)
+    last = network.layer4.get_submodule(str(len(network.layer4) - 1))
+
+    channels = [stages[stage].shape[1] for stage in STAGES]
+    assert channels == [16 * widening, outside, 2 * outside, 4 * outside, 8 * outside, network.dim]
+    assert not last.get_parameter("bn2.weight" if name == "resnet10" else "bn3.weight").any()
+
+
+def test_widening_is_a_width():
+    thin, same = build(name="resnet10", widening=2), build(name="resnet10", width=32)
+
+    assert all(torch.equal(each, layers(same)[key]) for key, each in layers(thin).items())
+    assert layers(thin).keys() == layers(same).keys()
+
+
+def test_patch_mode_divides_by_8_with_the_same_weights():
+    usual, patches = (build(name="resnet10", widening=1, patch_mode=mode) for mode in (False, True))
+    with torch.no_grad():
+        stages = patches.stages(images(64))
+
+    assert [stages[stage].shape[2] for stage in STAGES[:-1]] == [32, 32, 16, 8, 8]
+    assert all(torch.equal(each, layers(patches)[key]) for key, each in layers(usual).items())
+
+
+def test_patch_mode_leaves_out_strides_and_nothing_else():
+    usual, patches = (build(name="resnet50", widening=1, patch_mode=mode) for mode in (False, True))
+    x = torch.randn(2, 256, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        stages, strided = patches.stages(images()), usual.stages(images())
+        every, second = (each.layer4.get_submodule("0")(x) for each in (patches, usual))
+
+    torch.testing.assert_close(every[:, :, ::2, ::2], second)  # no pixel sees its neighbours later
+    assert stages["stem"].shape[2] == 2 * strided["stem"].shape[2] == 16
+
+
+@pytest.mark.parametrize(
+    ("options", "least"),
+    [({}, 17), ({"stem": "small"}, 5), ({"patch_mode": True}, 5)],
+    ids=["standard", "small", "patches"],
+)
+def test_the_least_size_leaves_two_pixels_for_every_stride(options, least):
+    network = build(name="resnet10", widening=1, **options)
+    entering: list[int] = []
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d | nn.MaxPool2d) and layer.stride in (2, (2, 2)):
+            layer.register_forward_pre_hook(lambda _, given: entering.append(given[0].shape[2]))
+    with torch.no_grad():
+        network(images(least))
+
+    assert min(entering) == 2
+    message = rf"{least} x {least - 1} pixels .* need {least} pixels a side"
+    with pytest.raises(ValueError, match=message) as error:
+        network(images(least)[..., : least - 1])
+    assert ("backbone.stem=small" in str(error.value)) == (least == 17)
+
+
+def test_it_is_one_graph_for_the_compiler():
+    network = build(name="resnet10", widening=1)
+    compiled = copy.deepcopy(network)
+    compiled.compile(backend="eager", fullgraph=True)
+    with torch.no_grad():
+        assert torch.equal(compiled(images()), network(images()))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"widening": 0}, r"widening \(0\) must be at least 1; K19's: 4, 8, 12, 16"),
+        ({"widening": -4}, r"widening \(-4\) must be at least 1"),
+        (
+            {"widening": 4, "width": 32},
+            r"widening \(4\) is a width of 64, and width \(32\) another",
+        ),
+        ({"representation": 0}, r"representation \(0\) must be at least 1, or null"),
+        ({"patch_mode": True, "stem": "small"}, r"patch_mode \(true\) is for the standard stem"),
+    ],
+)
+def test_options_that_cannot_be_are_refused_by_name(options, message):
+    with pytest.raises(ValueError, match=message):
+        resnet.Options(name="resnet10", **options)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import sys
 import warnings
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from torch import nn
 from torchvision.transforms import v2
 
 from fastssl import backbone_file, classifier, export_formats, patch_network, trained
-from fastssl.backbones import named, nin, resnet
+from fastssl.backbones import alexnet, named, nin, resnet, resnet_v2, revnet, vgg
 from fastssl.config import RecipeError
 from pipelines import evaluation_patches
 from tests.finished_run import a_run
@@ -40,6 +41,14 @@ def images(demo_images) -> torch.Tensor:
 
 def quietly(_: str) -> None:
     pass
+
+
+NEW = [
+    (resnet_v2, resnet_v2.Options(widening=1, last_relu=False, representation=24)),
+    (revnet, revnet.Options(widening=1, units=(1, 1, 1, 1))),
+    (vgg, vgg.Options(widening=1, image_size=64)),
+    (alexnet, alexnet.Options(image_size=64, representation=24)),
+]
 
 
 def features(network, x) -> torch.Tensor:
@@ -103,6 +112,81 @@ def test_a_format_holds_the_network_its_sums_and_a_card(small, images, tmp_path,
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_resnet_v2_is_timm_s_of_its_width(tmp_path, images):
+    ours = a_run(tmp_path / "run", resnet_v2, resnet_v2.Options(widening=1))
+    folder = export_formats.export_to(ours, "timm", None, say=quietly)
+    wanted = features(ours.backbone, images)
+    theirs = timm.create_model("resnetv2_50", num_classes=0, width_factor=0.25)
+    theirs.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))
+    by_folder = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    usual = unloaded(resnet_v2, resnet_v2.Options())
+
+    for network in (theirs, by_folder):
+        found = features(network, normalised(images))
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4 * wanted.abs().max().item())
+    assert "num_classes=0, width_factor=0.25)" in (folder / "README.md").read_text()
+    assert export_formats._other_side(usual, "timm")[1].endswith("'resnetv2_50', num_classes=0)")
+
+
+def unloaded(module, options) -> trained.Trained:
+    """A network without weights: its keys and shapes alone."""
+    with torch.device("meta"):
+        backbone = module.backbone(options)
+    return trained.Trained(
+        name="some run",
+        backbone=backbone,
+        folder=None,
+        card=None,
+        step=0,
+        weights="",
+        use=module.__name__,
+        options=asdict(options),
+        preprocessing=("pipelines.evaluation", {}),
+        standardize="global",
+    )
+
+
+@pytest.mark.parametrize(("module", "options"), NEW)
+def test_networks_of_revisiting_go_to_safetensors_and_torchscript(
+    tmp_path, images, module, options
+):
+    ours = a_run(tmp_path / "run", module, options)
+    wanted = features(ours.backbone, images)
+    as_weights = export_formats.export_to(ours, "safetensors", None, say=quietly)
+    as_program = export_formats.export_to(ours, "torchscript", None, say=quietly)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"`torch\.jit", FutureWarning)  # 2.15 deprecates it
+        program = torch.jit.load(as_program / "model.pt")
+
+    for network in (backbone_file.load_backbone(as_weights), program):
+        found = features(network, images)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4 * wanted.abs().max().item())
+
+
+@pytest.mark.parametrize(("module", "options"), NEW)
+@pytest.mark.parametrize("to", ["torchvision", "timm"])
+def test_what_neither_library_has_is_refused_in_one_line(module, options, to):
+    with pytest.raises(RecipeError) as error:
+        export_formats._other_side(unloaded(module, options), to)
+
+    assert "; use --to safetensors, onnx or torchscript, which take any" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"last_relu": False}, "timm's resnetv2_50 is another network: this one has no last ReLU;"),
+        ({"patch_mode": True}, "this one has the strides of patch mode;"),
+        ({"stem": "small"}, r"this one has the small stem \(3x3, no pool\);"),
+        ({"representation": 9}, "this one has a linear layer of 9 behind its pooling;"),
+    ],
+)
+def test_a_resnet_v2_that_timm_lacks_is_refused_also_where_its_weights_would_fit(options, message):
+    with pytest.raises(RecipeError, match=message):
+        export_formats._other_side(unloaded(resnet_v2, resnet_v2.Options(**options)), "timm")
+
+
 @pytest.mark.parametrize(
     ("name", "size", "to"),
     [
@@ -129,6 +213,13 @@ def test_a_network_named_by_library_goes_back_to_it_and_to_one_with_the_same_key
         ({"name": "resnet10"}, "timm", r"timm has no resnet10 \(its resnet10t has another stem"),
         ({"name": "resnet18", "width": 8}, "timm", "another network: this one has width 8, not 64"),
         ({"name": "resnet18", "stem": "small"}, "torchvision", r"has the small stem \(3x3, no poo"),
+        (
+            {"name": "resnet18", "widening": 1},
+            "timm",
+            "another network: this one has widening 1, n",
+        ),
+        ({"name": "resnet18", "patch_mode": True}, "timm", "has the strides of patch mode; use"),
+        ({"name": "resnet18", "representation": 9}, "timm", "a linear layer of 9 behind its pooli"),
     ],
 )
 def test_a_network_that_the_library_does_not_have_is_refused_with_the_difference(

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastssl import export_formats
-from fastssl.backbones import named, resnet
+from fastssl.backbones import named, resnet, revnet
 from fastssl.config import RecipeError
 from tests.finished_run import a_run
 
@@ -47,6 +47,21 @@ def test_onnx_of_a_network_of_one_size_says_which(tmp_path):
 
     assert session.get_inputs()[0].shape == ["batch", 3, 64, 64]
     assert any("64 x 64 pixels; any B" in line for line in said)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4 * wanted.abs().max().item())
+
+
+def test_onnx_of_a_reversible_network_needs_none_of_its_own_gradients(tmp_path):
+    options = revnet.Options(widening=1, units=(1, 1, 1, 1))
+    ours = a_run(tmp_path / "run", revnet, options)
+    said: list[str] = []
+    folder = export_formats.export_to(ours, "onnx", tmp_path / "out", say=said.append)
+    session = onnxruntime.InferenceSession(folder / "model.onnx")
+    x = pixels(3, 3, 97, 80)
+    found = torch.from_numpy(session.run(None, {"image": x.numpy()})[0])
+    with torch.no_grad():
+        wanted = ours.backbone(x)
+
+    assert any("any height and width; any B" in line for line in said)
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4 * wanted.abs().max().item())
 
 

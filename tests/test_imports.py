@@ -19,9 +19,14 @@ MAY_IMPORT = {
         *("torch", "fastssl.classification", "fastssl.depths", "fastssl.distributed"),
         *("fastssl.lab", "fastssl.memory", "fastssl.patch_network"),
     ),
-    "fastssl/backbones": ("torch", "torchvision"),
+    "fastssl/backbones": (
+        *("torch", "torchvision", "fastssl.network_keys", "fastssl.pixels", "fastssl.recompute"),
+        "fastssl.trial_pass",
+    ),
 }
-ENTRY_POINTS = ("fastssl.train", "fastssl.finetune", "fastssl.evaluate", "fastssl.report")
+ENTRY_POINTS = tuple(
+    f"fastssl.{name}" for name in ("train", "finetune", "evaluate", "grid", "report")
+)
 TRAINS = Path("fastssl/finetune.py")  # it is train.py with another recipe
 TAKEN = (  # by what is installed beside us, or by what everybody calls theirs
     *(

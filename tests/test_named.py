@@ -31,6 +31,22 @@ NETWORKS = {
     "timm:mobilenetv3_small_050": (64, 1024),
     "timm:vit_tiny_patch16_224": (64, 192),
 }
+# the least pixels a side, and whether the network itself fails with one less
+LEAST = {
+    "torchvision:alexnet": (63, True),
+    "torchvision:googlenet": (31, False),  # with less, the last stride has one pixel
+    "timm:convnext_atto": (32, True),
+    "torchvision:resnet18": (17, False),
+    "timm:mobilenetv3_small_050": (17, False),
+}
+# of blocks in lists, in stages, as siblings, with stochastic depth
+IN_BLOCKS = (
+    "torchvision:efficientnet_b0",
+    "torchvision:googlenet",
+    "timm:convnext_atto",
+    "timm:regnety_002",
+    "timm:vit_tiny_patch16_224",
+)
 FIXED = ("torchvision:vit_b_32", "timm:vit_tiny_patch16_224")
 
 
@@ -205,9 +221,141 @@ def test_a_network_of_one_size_says_so_before_anything_runs():
         network(pixels(64)[:, :, :, :32])
 
 
+@pytest.mark.parametrize("name", LEAST)
+def test_images_that_are_too_small_are_one_line_with_the_least_size(name):
+    least, fails = LEAST[name]
+    network = build(name)
+    small = pixels(least)[:, :, : least - 1]
+    with torch.no_grad():
+        features = network(pixels(least))
+        with pytest.raises(ValueError, match=rf"too small .* need {least} pixels a side") as error:
+            network(small)
+        with pytest.raises(ValueError, match=rf"need {least} pixels a side"):
+            network.stages(small)
+
+    assert features.shape == (2, network.dim)
+    assert "\n" not in str(error.value)
+    if fails:
+        with pytest.raises(RuntimeError, match="size"):
+            network.network(small.float())
+
+
+def test_finding_the_least_size_leaves_no_trace():
+    torch.manual_seed(0)
+    network = named.backbone(named.Options(name="torchvision:resnet18"))
+    torch.manual_seed(0)
+    theirs = torchvision.models.resnet18()
+    modules = list(network.modules())
+
+    assert all(each.training for each in modules)
+    assert not any(each._forward_hooks or each._forward_pre_hooks for each in modules)
+    wanted = theirs.state_dict()
+    assert all(torch.equal(wanted[key], value) for key, value in network.state_dict().items())
+
+
+def trained_once(name, *, recompute):
+    """The network after a forward and a backward pass in float64, its features, the gradients of
+    images and parameters, what was kept between the passes in bytes, and the next random number."""
+    network = build(name, activation_checkpointing=recompute).train().double()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 3, 64, 64, generator=generator, dtype=torch.float64, requires_grad=True)
+    own = {each.data_ptr() for each in network.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        if tensor.data_ptr() not in own:
+            kept[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    torch.manual_seed(1)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        features = network(x)
+    after = torch.rand(1)
+    gradients = torch.autograd.grad(features.square().sum(), [x, *network.parameters()])
+    return network, features, gradients, sum(kept.values()), after
+
+
+@pytest.mark.parametrize("name", IN_BLOCKS)
+def test_blocks_computed_again_keep_less_and_give_the_very_same_gradients(name):
+    plain, features, gradients, kept, random = trained_once(name, recompute=False)
+    again, features_too, gradients_too, kept_too, random_too = trained_once(name, recompute=True)
+
+    assert torch.equal(features, features_too)
+    assert torch.equal(random, random_too)
+    for one, two in zip(gradients, gradients_too, strict=True):
+        assert torch.equal(one, two)
+    state, state_too = plain.state_dict(), again.state_dict()
+    assert list(state) == list(state_too)
+    assert all(torch.equal(state[key], state_too[key]) for key in state)  # running statistics too
+    assert kept_too < 0.6 * kept  # googlenet 0.52: its stem is no block
+
+
+@pytest.mark.parametrize("name", ["torchvision:efficientnet_b0", "timm:regnety_002"])
+def test_blocks_computed_again_keep_the_keys_and_the_stages_of_the_network(name):
+    plain, again = build(name), build(name, activation_checkpointing=True)
+    twin = copy.deepcopy(again)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    whole = nn.Sequential(twin)
+    whole.load_state_dict({f"0.{key}": value for key, value in plain.state_dict().items()})
+    x = pixels(64)
+    with torch.no_grad():
+        wanted, found, of_twin = plain.stages(x), again.stages(x), twin.stages(x)
+
+    assert list(wanted) == list(found) == list(of_twin)
+    assert all(torch.equal(wanted[stage], found[stage]) for stage in wanted)
+    assert all(torch.equal(wanted[stage], of_twin[stage]) for stage in wanted)
+
+
+def test_a_network_without_blocks_cannot_compute_them_again():
+    with pytest.raises(
+        ValueError, match=r"activation_checkpointing \(true\): alexnet has 0 blocks"
+    ):
+        build("torchvision:alexnet", activation_checkpointing=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "recompute"),
+    [
+        ("timm:convnext_atto", True),
+        ("timm:vit_tiny_patch16_224", False),
+    ],
+)
+def test_a_compiled_network_gives_the_same_features_and_gradients(name, recompute):
+    results = []
+    for is_compiled in (False, True):
+        torch._dynamo.reset()
+        network = build(name, activation_checkpointing=recompute)  # eval mode: no dropout
+        network.train(recompute)
+        if is_compiled:
+            network.compile(backend="aot_eager")
+        features = network(pixels(64))
+        features.square().mean().backward()
+        results.append([features, *(each.grad for each in network.parameters())])
+
+    for plain, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, plain, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["torchvision:mobilenet_v3_small", "timm:mobilenetv3_small_050"])
+def test_convolutions_stay_channels_last_under_autocast(name):
+    network = build(name).to(memory_format=torch.channels_last)
+    seen = []
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(lambda _, __, output: seen.append(output))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        network(pixels(64))
+
+    assert len(seen) > 20
+    assert all(each.dtype == torch.bfloat16 for each in seen)
+    assert all(each.is_contiguous(memory_format=torch.channels_last) for each in seen)
+
+
 @pytest.mark.parametrize("name", ["torchvision:resnet18", "timm:resnet18"])
 def test_a_size_for_a_network_of_any_size_is_refused(name):
-    with pytest.raises(ValueError, match=r"image_size \(64\): resnet18 takes images of any size"):
+    with pytest.raises(ValueError, match=r"image_size \(64\): resnet18 has no option for it"):
         build(name, image_size=64)
 
 

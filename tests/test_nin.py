@@ -128,10 +128,15 @@ def test_a_narrower_network_keeps_the_proportions():
     assert build(width=48).dim == 48
 
 
-@pytest.mark.parametrize("size", [8, 33, 96])
-def test_any_size_will_do(size):
+@pytest.mark.parametrize("size", [3, 8, 33, 96])
+def test_any_size_will_do_that_leaves_two_pixels_for_both_poolings(size):
+    network = build(width=12)
     with torch.no_grad():
-        assert build(width=12)(images(size)).shape == (2, 12)
+        assert network(images(size)).shape == (2, 12)
+
+        assert network.stages(images(3))["conv1"].shape[2:] == (2, 2)
+        with pytest.raises(ValueError, match=r"images of 2 x 2 pixels are too small .* need 3 pix"):
+            network(images(2))
 
 
 @pytest.mark.parametrize(

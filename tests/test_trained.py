@@ -1,6 +1,7 @@
 """RUN names a backbone with weights: every spelling of it, and what is refused by name."""
 
 import hashlib
+import importlib
 import json
 import shutil
 from pathlib import Path
@@ -117,13 +118,63 @@ def test_missing_keys_are_named(tmp_path, finished):
 
 
 def test_another_network_s_weights_are_refused_by_key_and_shape(finished):
-    given = {"name": "resnet10", "width": 16}
-    with pytest.raises(RecipeError, match=r"another shape: bn1.bias \(8,\) for \(16,\)"):
+    given = {"name": "resnet10", "stem": "small"}
+    with pytest.raises(RecipeError, match=r"another shape: bn1.bias \(8,\) for \(64,\)"):
         trained.load(str(finished / "backbone.safetensors"), backbone=given)
     with pytest.raises(RecipeError, match=r"missing: .*resnet18|resnet18.*missing: layer1.1"):
         trained.load(
             str(finished / "backbone.safetensors"), backbone={"name": "resnet18", "width": 8}
         )
+
+
+REVNET, VGG = "fastssl.backbones.revnet", "fastssl.backbones.vgg"
+
+
+@pytest.mark.parametrize(
+    ("use", "options", "key", "there", "here"),
+    [
+        (trained.RESNET, {"name": "resnet10"}, "width", 8, 12),
+        (trained.RESNET, {"name": "resnet10"}, "width", 8, 64),
+        (trained.RESNET, {"name": "resnet18"}, "widening", 2, 1),
+        (REVNET, {}, "widening", 1, 2),
+        (REVNET, {"representation": 5}, "widening", 2, 1),
+        (VGG, {"image_size": 32}, "widening", 2, 1),
+    ],
+)
+def test_weights_for_another_width_say_both_and_the_right_one(
+    tmp_path, use, options, key, there, here
+):
+    path = tmp_path / "weights.safetensors"
+    module = importlib.import_module(use)
+    made = module.Options(**options, **{key: there})
+    save_file(backbone_file.tensors_of(module.backbone(made)), path)
+    with pytest.raises(RecipeError) as at:
+        trained.load(str(path), backbone={"use": use, **options, key: here})
+
+    assert str(at.value).endswith(
+        f": the weights are of {key} {there}, the backbone is of {key} {here}: did you mean "
+        f"backbone.{key}={there}?"
+    )
+    found = trained.load(str(path), backbone={"use": use, **options, key: there})
+    assert found.options[key] == there
+
+
+def test_weights_for_another_width_than_the_usual_name_it(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    thin = resnet.backbone(resnet.Options(name="resnet50", widening=1))
+    save_file(backbone_file.tensors_of(thin), path)
+    with pytest.raises(RecipeError, match=r"of widening 1, the backbone is of widening 4: did you"):
+        trained.load(str(path), backbone={"name": "resnet50"})
+
+
+def test_a_width_is_not_blamed_for_what_it_does_not_explain(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    thin = resnet.backbone(resnet.Options(name="resnet10", widening=1, stem="small"))
+    save_file(backbone_file.tensors_of(thin), path)
+    with pytest.raises(RecipeError, match=r"another shape: bn1.bias \(16,\) for \(32,\)") as at:
+        trained.load(str(path), backbone={"name": "resnet10", "widening": 2})
+
+    assert "did you mean" not in str(at.value)
 
 
 @pytest.mark.parametrize("lone", [False, True], ids=["run", "file"])
@@ -180,6 +231,25 @@ def test_fresh_weights_of_a_network_with_options():
         trained.load("random:resnet10", backbone={"witdh": 8})
 
 
+@pytest.mark.parametrize(
+    ("run", "given", "use"),
+    [
+        ("random:revnet", {"widening": 1}, REVNET),
+        ("random:vgg", {"widening": 1, "image_size": 32}, VGG),
+        ("random:nin", {}, "fastssl.backbones.nin"),
+        ("random:timm:convnext_atto", {}, trained.NAMED),
+        ("random:torchvision:mobilenet_v2", {}, trained.NAMED),
+    ],
+)
+def test_fresh_weights_of_any_file_and_of_a_library_s_network(run, given, use):
+    found, again = (trained.load(run, backbone=dict(given)) for _ in range(2))
+
+    assert (found.name, found.use) == (run, use)
+    assert found.weights == again.weights
+    assert given.items() <= found.options.items()
+    assert not found.options.get("pretrained")
+
+
 def test_fresh_weights_of_a_run_have_all_of_it_but_the_weights(finished):
     found, run = trained.load(f"random:{finished}"), trained.load(str(finished))
 
@@ -208,7 +278,11 @@ def test_fresh_weights_of_a_recipe_are_of_the_demo_only_without_data(checkout):
 @pytest.mark.parametrize(
     ("run", "message"),
     [
-        ("random:resnet11", r"'resnet11'.* did you mean 'resnet1"),
+        ("random:resnet11", r"random:resnet11 names no network; did you mean 'random:resnet"),
+        ("random:revnt", r"random:revnt names no network; did you mean 'random:revnet'"),
+        ("random:resnet", r"random:resnet: that file holds many networks: give one, as random:res"),
+        ("random:qqqq", r"'qqqq'.* is no ResNet of torchvision; known: "),
+        ("random:timm:vit_tinny_patch16_224", r"no network of timm; did you mean 'vit_tiny_patch"),
         ("random:", "names no network"),
         ("random:runs/absent", "there is no runs/absent"),
         ("random:absent.yaml", "absent.yaml: No such file"),

@@ -1,4 +1,4 @@
-"""RevNet-50 of any width, as "Revisiting" has it (Kolesnikov et al. 2019, K19, section 4.1).
+"""RevNet-50 of any width, as "Revisiting" has it (Kolesnikov et al. 2019, K19, section 3.1).
 
 Its units are reversible (Gomez et al. 2017, arXiv:1707.04585): the input of a unit is computed back
 from its output in the backward pass, so what is kept for that pass does not grow with the number of
@@ -42,7 +42,7 @@ class Options:
         patch_mode: stride 1 in the first convolution and in the last stage: 8 times the depth for
             patches of 64 pixels, as K19 has it for jigsaw and relative patch location.
         representation: length of the features, by a linear layer behind the pooling (K19, section
-            4.4); null: no such layer, 512k features.
+            4.6); null: no such layer, 512k features.
         reversible: compute inputs back in the backward pass, in place of keeping them. Under
             torch.compile the stages then run as they would without, and only what is around them is
             compiled; with false all is.

@@ -1,4 +1,4 @@
-"""VGG19 with batch norm as Kolesnikov et al. 2019 have it (K19, arXiv:1901.09005, section 4.1).
+"""VGG19 with batch norm as Kolesnikov et al. 2019 have it (K19, arXiv:1901.09005, section 3.1).
 
 The convolutions of Simonyan & Zisserman 2015, then two hidden layers of 512 k with batch norm and
 ReLU behind each and no dropout (google/revisiting-self-supervised, models/vggnet.py). Nothing has a

@@ -15,14 +15,13 @@ finished run is not run again, an interrupted one goes on: the same command does
 import importlib.util
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fastssl import demo, features, labelled, probe, representation, starting, stopping, sweeping
+from fastssl import measuring, representation, starting, stopping, sweeping
 from fastssl.config import RecipeError
 from fastssl.evaluation_task import Cell, Table
-from fastssl.linear import protocols
 from fastssl.recipe_check import check, make, schema_of_settings
 from fastssl.recipe_text import in_yaml, read_overrides
 from fastssl.sweeping import Outcome, Point, Runner
@@ -81,31 +80,19 @@ class Options:
             raise ValueError(f"processes ({self.processes}) must be at least 1")
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvaluateOptions:
-    """The section `evaluate` as far as a sweep takes it; its folder is the sweep's."""
-
-    seed: int | None = None  # of the random network; null: train.seed of each run
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-
-
 # Sections that are the probe's, and not the recipe's.
-PROBE = {
-    "linear": protocols.Options,
-    "features": features.Options,
-    "evaluate": EvaluateOptions,
-}
+PROBE = {name: its for name, its in measuring.SECTIONS.items() if name != "knn"}
 
 
 def usage() -> str:
     """What `evaluate.py sweep --help` prints: the keys of a sweep, with their defaults."""
-    lines = [f"sweep: {HELP}", "", (__doc__ or "").strip(), "", *_keys("sweep", Options)]
+    lines = [f"sweep: {HELP}", "", (__doc__ or "").strip(), "", *measuring.usage("sweep", Options)]
     lines += [
         "  SECTION.KEY=VALUE              of the recipe, for every run; `python -m fastssl.config",
         "                                 RECIPE` lists them",
         "",
         "with sweep.probe=linear:",
-        *(line for section, options in PROBE.items() for line in _keys(section, options)),
+        *(line for section, options in PROBE.items() for line in measuring.usage(section, options)),
     ]
     return "\n".join(lines)
 
@@ -132,7 +119,7 @@ def command(arguments: Sequence[str]) -> tuple[int, Table | None]:
     swept = "-".join(key.rpartition(".")[2] for key in keys)
     out = Path(options.out or f"runs/sweep-{Path(recipe).stem}-{swept}")
     points = sweeping.plan(recipe, overrides, keys, options.seeds, out)
-    classes = _classes(points[0])
+    classes = measuring.classes(points[0])
     finished = sum(map(sweeping.is_finished, points))
     starting.say(f"sweep: {len(points)} runs in {out}, {finished} of them finished")
     known = sweeping.measured(out)
@@ -184,48 +171,10 @@ def _read(arguments: Sequence[str]) -> tuple[str, list[str], list[str], Options]
         raise RecipeError("\n".join(errors))
     if for_probe and options.probe != "linear":
         raise RecipeError(f"{for_probe[0]}: is for sweep.probe=linear")
-    _check_probe(for_probe)
+    measuring.check_arguments(for_probe)
     if given := [each for each in rest if each.startswith(("train.out=", "train.resume="))]:
         raise RecipeError(f"{given[0]}: every run has a folder of its own: give sweep.out")
     return words[0], rest, for_probe, options
-
-
-def _check_probe(for_probe: list[str]) -> None:
-    """The probe comes after hours of training: its mistakes are found before.
-
-    Raises:
-        RecipeError: all of them, one a line.
-    """
-    errors: list[str] = []
-    entries = read_overrides(for_probe, PROBE, errors)
-    for section, options in PROBE.items():
-        schema = schema_of_settings(section, options)
-        values = check(entries[section], schema, errors)
-        make("command line", section, schema, entries[section], values, errors)
-    if errors:
-        raise RecipeError("\n".join(errors))
-
-
-def _classes(point: Point) -> int:
-    """How many classes the probe tells apart.
-
-    Raises:
-        RecipeError: there is nothing to probe on.
-    """
-    recipe = point.recipe
-    if recipe.demo:
-        demo.render(say=starting.say)
-    root = probe.folder_of(recipe.probe, recipe.data.options)
-    if root is None:
-        raise RecipeError(
-            "a sweep compares accuracies: give probe.root, a folder with train/<class>/ and "
-            "val/<class>/"
-        )
-    data = replace(recipe.data.options, root=str(root))
-    _, _, classes = labelled.splits(
-        recipe.data.module, data, cache=demo.cache(), say=starting.silent
-    )
-    return len(classes)
 
 
 def _run(
@@ -263,9 +212,9 @@ def _linear(
     point: Point, runner: Runner, for_probe: list[str], known: dict[str, float]
 ) -> tuple[float | None, str]:
     """The linear probe's accuracy of a finished run, and what was wrong."""
-    arguments = [*for_probe, *_data(point)]
+    arguments = [*for_probe, *measuring.data_arguments(point)]
     # A run that was trained anew in its folder has other weights.
-    name = sweeping.fingerprint([str(point.folder), sweeping.weights(point), arguments])
+    name = measuring.fingerprint([str(point.folder), measuring.weights(point.folder), arguments])
     return _measure(str(point.folder), point.folder, arguments, name, runner, known)
 
 
@@ -273,12 +222,12 @@ def _random(
     point: Point, runner: Runner, for_probe: list[str], known: dict[str, float], out: Path
 ) -> tuple[float | None, str]:
     """The same of its backbone with the fresh weights of its seed; once for all runs alike."""
-    arguments = [*for_probe, *_data(point)]
+    arguments = [*for_probe, *measuring.data_arguments(point)]
     if not any(each.startswith("evaluate.seed=") for each in for_probe):
         arguments.append(f"evaluate.seed={point.recipe.train.seed}")
     values = point.recipe.values
     patches = representation.standardization(values)
-    name = sweeping.fingerprint(
+    name = measuring.fingerprint(
         ["random", values["backbone"], values["evaluation"], patches, arguments]
     )
     folder = out / f"random-{name}"
@@ -292,20 +241,10 @@ def _measure(
     """The linear probe's accuracy of a RUN, whose lines go to `folder`; adds it to `known`."""
     if name in known:
         return known[name], ""
-    code, said = runner.run("fastssl.evaluate", ["linear", run, *arguments], processes=1)
-    accuracy = sweeping.linear(folder) if code == 0 else None
-    if accuracy is None:
-        return None, f"evaluate.py linear ended with {code}: {said}"
-    known[name] = accuracy
-    return accuracy, ""
-
-
-def _data(point: Point) -> list[str]:
-    """What the probe is told of its images; of the built-in ones nothing."""
-    if point.recipe.demo:
-        return []
-    root = probe.folder_of(point.recipe.probe, point.recipe.data.options)
-    return [f"data.use={point.recipe.data.use}", f"data.root={in_yaml(str(root))}"]
+    accuracy, said = measuring.accuracy("linear", run, folder, arguments, runner)
+    if accuracy is not None:
+        known[name] = accuracy
+    return accuracy, said
 
 
 def _write(out: Path, about: dict[str, Any], outcomes: list[Outcome], options: Options) -> Table:
@@ -406,16 +345,6 @@ def _curve(
             means.append(100 * mean)
             spreads.append(100 * (spread or 0.0))
     return xs, means, spreads
-
-
-def _keys(section: str, options: Any) -> list[str]:
-    """A line for each, with its default."""
-    lines = []
-    for each in fields(options):
-        plain = list(each.default) if isinstance(each.default, tuple) else each.default
-        default = "(needed)" if each.default is MISSING else in_yaml(plain)
-        lines.append(f"  {section}.{each.name}={default}")
-    return lines
 
 
 def _mean(values: Sequence[float | None]) -> tuple[float | None, float | None]:

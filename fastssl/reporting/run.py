@@ -63,9 +63,12 @@ class Run:
     @property
     def backbone(self) -> str:
         """The module and what makes the network small or large: "resnet10, width 32"."""
-        name, width = (self.option("backbone", key) for key in ("name", "width"))
-        told = str(name or self.part("backbone") or "unknown")
-        return f"{told}, width {width}" if width is not None else told
+        name = str(self.option("backbone", "name") or self.part("backbone") or "unknown")
+        for key in ("widening", "width"):  # a widening given has a width that is the default
+            value = self.option("backbone", key)
+            if value is not None:
+                return f"{name}, {key} {value}"
+        return name
 
     @property
     def data(self) -> str:
