@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch._dynamo.exc import TorchDynamoException
 
 from benchmarks import method, network_step, result
 from benchmarks.__main__ import run_command
@@ -76,6 +77,8 @@ def main(arguments: argparse.Namespace) -> int:
         batch=BATCH[kind] if arguments.batch is None else arguments.batch,
         bf16=(arguments.precision or PRECISION[kind]) == "bf16",
     )
+    if on.side < 1:
+        raise ValueError(f"--side ({on.side}) must be at least 1")
     if on.batch < 2:
         raise ValueError(f"--batch ({on.batch}) must be at least 2: norms need two values")
     names = _names(arguments.networks)
@@ -95,14 +98,6 @@ def main(arguments: argparse.Namespace) -> int:
     rows: list[Row] = []
     left_out: list[str] = []
     try:
-        for widening in widenings:
-            _measure(widening, names, variants, on, arguments, rows, left_out)
-    finally:
-        torch.set_num_threads(threads)
-    conclusions = [*why_slower(rows), *left_out]
-    _say(f"\n{table(rows)}\n")
-    _say("\n".join(conclusions))
-    if arguments.out is not None:
         settings = {
             "networks": names,
             "widenings": widenings,
@@ -116,14 +111,29 @@ def main(arguments: argparse.Namespace) -> int:
             "seconds": arguments.seconds,
             "note": arguments.note,
         }
-        result.write(arguments.out, result.make("networks", rows, settings, conclusions))
+        for widening in widenings:
+            try:
+                _measure(widening, names, variants, on, arguments, rows, left_out)
+            except torch.OutOfMemoryError:  # each fits, but not beside all others
+                left_out.append(f"k = {widening}: left out, the networks don't fit beside another.")
+            if arguments.out is not None and rows:  # what is measured stays, whatever comes next
+                conclusions = [*why_slower(rows), *left_out]
+                result.write(arguments.out, result.make("networks", rows, settings, conclusions))
+    finally:
+        torch.set_num_threads(threads)
+    if not rows:
+        raise ValueError(f"--batch ({on.batch}): nothing fits the memory: give a smaller one")
+    _say(f"\n{table(rows)}\n")
+    _say("\n".join([*why_slower(rows), *left_out]))
     return 0
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A network a line, in Markdown: its images/s as ratios to torchvision's resnet50, contiguous.
+    """A network a line, in Markdown: its images/s as ratios to torchvision's resnet50.
 
-    Ratios are taken within a repeat: median (least - most).
+    That of the first variant measured, the column where its own line says 1. Ratios are taken
+    within a repeat: median (least - most). Where a network lacks the variant that the last columns
+    are of, they are of another, which is named.
     """
     variants = [each for each in VARIANTS if any(row.extra.get("variant") == each for row in rows)]
     titles = ["network", "k", "parameters", "GMAC", *variants]
@@ -165,19 +175,20 @@ def _measure(
             if variant == "compiled" and not NETWORKS[name].compiles:
                 continue
             label = f"{name}, {variant}"
-            first = _first_step(name, widening, variant, on)
-            if first is None:
+            is_main = variant == _main(variants) and variant != "compiled"
+            try:
+                stepper, found = _alone(name, widening, variant, on, is_main=is_main)
+            except (torch.OutOfMemoryError, TorchDynamoException) as error:
+                fits = not isinstance(error, torch.OutOfMemoryError)
+                why = "torch.compile fails" if fits else f"{on.batch} images don't fit the memory"
                 if name == REFERENCE:
                     raise ValueError(
-                        f"--batch ({on.batch}): even {NETWORKS[name].title} does not fit the"
-                        " memory: give a smaller one"
-                    )
-                left_out.append(
-                    f"{group}, {label}: left out, {on.batch} images don't fit the memory."
-                )
+                        f"--batch ({on.batch}), --variants: {NETWORKS[name].title}, {variant}: "
+                        f"{why}: give a smaller batch, or leave the variant out"
+                    ) from error
+                left_out.append(f"{group}, {label}: left out, {why}.")
                 continue
-            stepper, seconds = first
-            _say(f"{group}, {label}: first step {seconds:.1f} s")
+            _say(f"{group}, {label}: first step {found['first_step_s']:.1f} s")
             contenders.append(network_step.contender(label, stepper))
             extras[label] = {
                 "network": name,
@@ -186,15 +197,8 @@ def _measure(
                 "parameters": count.parameters,
                 "forward_gmac": count.forward_macs / 1e9,
                 "training_gflop": count.training_flops / 1e9,
-                "first_step_s": seconds,
+                **found,
             }
-            if variant == _main(variants) and variant != "compiled":
-                memory = stepper.activations()
-                extras[label] |= {
-                    "activations_kept_mb": memory.kept / 1e6 / on.batch,
-                    PEAK: memory.peak / 1e6 / on.batch,
-                    **{f"{kind}_ms": took for kind, took in network_step.parts(stepper).items()},
-                }
     measured = method.alternate(
         contenders, repeats=arguments.repeats, seconds=arguments.seconds, say=_say
     )
@@ -204,17 +208,22 @@ def _measure(
     torch.compiler.reset()  # what is compiled is kept for no more than eight networks of a class
 
 
-def _first_step(
-    name: str, widening: int, variant: Variant, on: Setting
-) -> tuple[Stepper, float] | None:
-    """A network, and the seconds of its first step; None where it does not fit the memory."""
-    try:
-        stepper = Stepper(name, widening, variant, on)
-        began = time.perf_counter()
-        stepper.step()
-    except torch.OutOfMemoryError:
-        return None
-    return stepper, time.perf_counter() - began
+def _alone(
+    name: str, widening: int, variant: Variant, on: Setting, *, is_main: bool
+) -> tuple[Stepper, dict[str, float]]:
+    """A network, and what is measured of it alone: its first step; memory and kinds of work."""
+    stepper = Stepper(name, widening, variant, on)
+    began = time.perf_counter()
+    stepper.step()
+    found = {"first_step_s": time.perf_counter() - began}
+    if is_main:
+        memory = stepper.activations()
+        found |= {
+            "activations_kept_mb": memory.kept / 1e6 / on.batch,
+            PEAK: memory.peak / 1e6 / on.batch,
+            **{f"{kind}_ms": took for kind, took in network_step.parts(stepper).items()},
+        }
+    return stepper, found
 
 
 # ---- Telling ------------------------------------------------------------------------------------
@@ -236,6 +245,7 @@ def _main(variants: Sequence[str]) -> str:
 
 def _line(rows: Sequence[Row], found: dict[str, Row], variants: Sequence[str]) -> list[str]:
     row = found[_main(list(found))]
+    other = "" if row.extra["variant"] == _main(variants) else f", {row.extra['variant']}"
     first = next(iter(_of(rows, row.group, REFERENCE).values()))
     cells = [
         NETWORKS[str(row.extra["network"])].title,
@@ -250,7 +260,7 @@ def _line(rows: Sequence[Row], found: dict[str, Row], variants: Sequence[str]) -
     speed = statistics.median(_teraflops(row))
     peak = next(each for each in rows if each.group == row.group and each.name == MATMUL)
     cells += [
-        result.spread(at_equal_gmacs(rows, row)),
+        result.spread(at_equal_gmacs(rows, row)) + other,
         result.number(speed),
         f"{statistics.median(_ratios(_teraflops(row), peak.values)):.0%}",
         result.number(_number(row, PEAK)) if PEAK in row.extra else "",
