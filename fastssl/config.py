@@ -6,6 +6,12 @@ where each value came from.
 The keys of a section are the fields of a dataclass, Options, beside the code that reads them; where
 the section has `use:`, that names the module. The last of these wins: defaults, the recipe, its
 `demo:` section (only while no data.root is given), the command line.
+
+Where the command line names another module (`backbone.use=fastssl.backbones.vgg`), what the recipe
+says of its own module holds as far as the new one has a key of that name, and is left out where it
+has none: the data's root, the crop's size, K19's widening mean the same in both. A value which the
+new module refuses (`name: resnet50` is none of fastssl.backbones.named) is refused, not replaced by
+a default that nobody chose.
 """
 
 import importlib
@@ -157,10 +163,14 @@ def load(
     values: dict[str, dict[str, Any]] = {}
     sources: dict[str, str] = {}
     for section in SECTIONS:
-        entries = {**recipe[section], **(demos[section] if on_demo else {}), **command[section]}
+        lower = (recipe[section], demos[section]) if on_demo else (recipe[section],)
+        entries = _joined(*lower, command[section])
         schema = _schema(path, section, entries, errors)
+        if schema is not None and "use" in command[section]:
+            _leave_out(section, lower, schema, errors)
+            entries = _joined(*lower, command[section])
         # A demo section that does not hold is checked all the same: against the recipe as written.
-        as_demo = {**recipe[section], **demos[section]}
+        as_demo = _joined(recipe[section], demos[section])
         demo_schema = schema if on_demo else _schema(path, section, as_demo, errors)
         right = {
             "recipe": check(recipe[section], schema, errors),
@@ -358,6 +368,36 @@ def _schema(
     except ValueError as error:
         errors.append(f"{entries['use'].place}: {error}")
         return None
+
+
+def _joined(*layers: dict[str, Entry]) -> dict[str, Entry]:
+    """Of equal keys, the last one's."""
+    return {key: entry for layer in layers for key, entry in layer.items()}
+
+
+def _leave_out(
+    section: str, layers: Iterable[dict[str, Entry]], schema: Schema, errors: list[str]
+) -> None:
+    """Takes out what was written for another module than that of `schema`, which lacks the key.
+
+    Only what that other module has: a mistake in a recipe is told, whatever the module.
+    """
+    use: Entry | None = None
+    for layer in layers:
+        use = layer.get("use", use)  # a demo's keys are for the demo's module, else the recipe's
+        if use is None or use.node.value == schema.name:
+            continue
+        known = {*schema.types, "use", "root"}  # a reader without a root is none: that is told
+        lacking = {key: entry for key, entry in layer.items() if key not in known}
+        try:
+            own = schema_of_part(section, use, *PARTS[section])
+        except ValueError:  # it isn't here, as a laboratory's own: what it has can't be known
+            own = None
+        if own is not None:
+            lacking = {key: entry for key, entry in lacking.items() if key in own.types}
+        check(lacking, own, errors)
+        for key in lacking:
+            del layer[key]
 
 
 def _dotted(values: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -28,8 +28,9 @@ class Depths:
 def depths(backbone: nn.Module) -> Depths:
     """Runs the backbone once on the device that it is on; it is left as it was.
 
-    What no stage depends on counts as part of the last. So do the parameters behind the last map,
-    as a vision transformer's norm: training these alone is no stage of a network.
+    What no stage depends on counts as part of the last. The one vector behind the last map, and a
+    vector behind a norm only (a vision transformer's, a ResNet v2's), count to the map: training
+    these alone is no stage of a network. Hidden layers behind one another (VGG's fc6 and fc7) are.
 
     Raises:
         ValueError: it has no parameters, or takes none of the images tried.
@@ -55,10 +56,11 @@ def depths(backbone: nn.Module) -> Depths:
     of_tensor = {id(tensor): depth for tensor, depth in reached}
     last = max(of_tensor.get(id(each), 0) for each in parameters.values())
     found = {name: of_tensor.get(id(each), last) for name, each in parameters.items()}
-    here = sorted(set(found.values()))
+    sizes = dict.fromkeys(sorted(set(found.values())), 0)  # most dimensions of a parameter there
+    for name, depth in found.items():
+        sizes[depth] = max(sizes[depth], parameters[name].ndim)
     shapes = [output.ndim for output in outputs.values()]
-    if len(here) > 1 and here[-1] == len(shapes) - 1 and shapes[-1] != 4 and 4 in shapes:
-        here.pop()
+    here = [depth for depth in sizes if not _is_of_the_map(depth, shapes, sizes[depth])]
     stages = tuple(name for number, name in enumerate(outputs) if number in here)
 
     def position(depth: int) -> int:
@@ -94,6 +96,19 @@ def learning(objective: nn.Module) -> str:
         numbers = sorted({found.parameters[name] for name in taught})
         where = f" ({', '.join(found.stages[number] for number in numbers)})"
     return f"learning: {count:,} of the backbone's {every:,} parameters{where}, {heads:,} of heads"
+
+
+def _is_of_the_map(depth: int, shapes: list[int], most: int) -> bool:
+    """Whether a stage is no more than what its network puts behind the last map.
+
+    Args:
+        depth: its place.
+        shapes: dimensions of every stage's output.
+        most: dimensions of its parameters.
+    """
+    if shapes[depth] == 4 or 4 not in shapes[:depth]:
+        return False
+    return most < 2 or (depth == len(shapes) - 1 and shapes[depth - 1] == 4)
 
 
 @contextlib.contextmanager

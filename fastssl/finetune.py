@@ -58,10 +58,11 @@ def load(path: str, overrides: Sequence[str]) -> Recipe:
         instead["evaluation"] = {"use": use, **options}
     given = [*_sizes(as_written, options if "evaluation" in instead else {}), *overrides]
     recipe = config.load(path, given, instead)
+    here = recipe.values["backbone"]
     unlike = [
-        f"{key}: {in_yaml(recipe.values['backbone'][key])}, but {in_yaml(_listed(there))} in {run}"
+        f"{key}: {in_yaml(here[key])}, but {in_yaml(_listed(there))} in {run}"
         for key, there in backbone.items()
-        if recipe.values["backbone"].get(key) != _listed(there)
+        if key in here and here[key] != _listed(there)  # another `use` may lack it
     ]
     if unlike:
         raise RecipeError(

@@ -104,9 +104,13 @@ def make(
     try:
         return schema.options(**values)
     except (ValueError, ArithmeticError) as error:
-        named = [entries[key] for key in re.findall(r"\w+", str(error)) if key in entries]
-        by_hand = any(entry.source == "command line" for entry in named)
-        errors.append(f"{'command line' if by_hand else path}: {section}: {error}")
+        keys = [key for key in re.findall(r"\w+", str(error)) if key in entries]
+        sources = [entries[key].source for key in keys]
+        where = "command line" if "command line" in sources else path
+        remedy = ""
+        if keys and schema.use is not None and schema.use.source == "command line" != where:
+            remedy = f" (from the {sources[0]}: give {section}.{keys[0]}=... for {schema.name})"
+        errors.append(f"{where}: {section}: {error}{remedy}")
         return None
 
 

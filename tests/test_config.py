@@ -52,6 +52,13 @@ LAB = {  # plug-ins as small as they come
     + OFFERS
     + "def graph(): ...\n",
     "rotation": OPTIONS + "    angles: int = 4\n" + OFFERS + "def graph(): ...\n",
+    "strips": OPTIONS
+    + "    size: float = 30.0\n"
+    + "    def __post_init__(self):\n"
+    + "        if self.size > 40:\n"
+    + "            raise ValueError(f'size ({self.size}) must be at most 40')\n"
+    + OFFERS
+    + "def graph(): ...\n",
     "silent": OPTIONS + "    classes: int = 4\n    size: float = 1.0\n" + "def graph(): ...\n",
     "network": OPTIONS + "    name: str = 'resnet50'\n" + "def backbone(): ...\n",
     "loss": OPTIONS
@@ -543,15 +550,81 @@ def test_a_wrong_override_is_blamed_on_the_command_line(path: Path, override: st
     assert wrong(path, RECIPE, RECIPE, override).startswith(f"command line: {said}")
 
 
-def test_another_module_on_the_command_line_says_whose_keys_do_not_fit(path: Path):
-    said = wrong(path, RECIPE, RECIPE, "pipeline.use=lab_of_tests.rotation", "data.root=/images")
+OTHER = "pipeline.use=lab_of_tests.rotation"
 
-    assert said.splitlines() == [
-        f"small.yaml: pipeline.{key}: unknown key; known: angles"
-        " (use: lab_of_tests.rotation is from the command line, this key from the recipe: take it"
-        " out there)"
-        for key in ("grid", "size")
-    ]
+
+@pytest.mark.parametrize("overrides", [[], ["data.root=/images"]])
+def test_another_module_on_the_command_line_leaves_out_the_keys_it_does_not_have(
+    path: Path, overrides: list[str]
+):
+    recipe = config.load(path, [OTHER, *overrides])
+
+    assert recipe.values["pipeline"] == {"use": "lab_of_tests.rotation", "angles": 4}
+    assert recipe.sources["pipeline.use"] == "command line"
+    assert recipe.sources["pipeline.angles"] == "default"
+
+
+def test_what_both_modules_know_holds_on_and_what_the_other_refuses_is_told(path: Path):
+    both = "pipeline.use=lab_of_tests.strips"
+    assert config.load(path, [both]).values["pipeline"] == {
+        "use": "lab_of_tests.strips",
+        "size": 20.5,
+    }
+    assert config.load(path, [both, "data.root=/images"]).values["pipeline"]["size"] == 40.0
+    assert wrong(path, "size: 40", "size: 50", both, "data.root=/images") == (
+        "small.yaml: pipeline: size (50.0) must be at most 40 (from the recipe: give"
+        " pipeline.size=... for lab_of_tests.strips)"
+    )
+
+
+def test_the_command_line_s_own_keys_and_mistakes_in_a_recipe_are_refused_for_another_module(
+    path: Path,
+):
+    assert wrong(path, RECIPE, RECIPE, OTHER, "pipeline.angle=3") == (
+        "command line: pipeline.angle: unknown key; did you mean 'angles'?"
+    )
+    assert wrong(path, RECIPE, RECIPE, OTHER, "pipeline.grid=3") == (
+        "command line: pipeline.grid: unknown key; known: angles"
+    )
+    assert "pipeline.gird: unknown key" in wrong(path, "grid: 2", "gird: 2", OTHER)
+    assert "demo.pipeline.siz: unknown key" in wrong(path, "{size: 20.5}", "{siz: 20.5}", OTHER)
+    assert "pipeline.grid: expected int" in wrong(path, "grid: 2", "grid: 2.5", OTHER)
+
+
+def test_another_module_in_place_of_one_that_is_not_there_does_without_its_keys(path: Path):
+    path.write_text(RECIPE.replace("lab_of_tests.jigsaw", "elsewhere.jigsaw"))
+
+    assert config.load(path, [OTHER]).values["pipeline"]["angles"] == 4
+
+
+def test_the_same_module_on_the_command_line_changes_nothing(path: Path):
+    said = wrong(path, "grid: 2", "gird: 2", "pipeline.use=lab_of_tests.jigsaw")
+
+    assert "pipeline.gird: unknown key; did you mean 'grid'?" in said
+
+
+BACKBONES = [
+    ["backbone.use=fastssl.backbones.vgg", "backbone.image_size=224"],
+    ["backbone.use=fastssl.backbones.alexnet", "backbone.image_size=224"],
+    ["backbone.use=fastssl.backbones.named", "backbone.name=torchvision:vgg11_bn"],
+    ["backbone.use=fastssl.backbones.revnet"],
+]
+
+
+@pytest.mark.parametrize("root", [[], ["data.root=/images"]], ids=["demo", "data"])
+@pytest.mark.parametrize("network", BACKBONES, ids=lambda each: each[0].rpartition(".")[2])
+def test_every_recipe_takes_another_network(tmp_path: Path, network: list[str], root: list[str]):
+    told = {}  # one recipe of those that say the same of the backbone
+    for path in RECIPES:
+        read = yaml.load(path.read_text(encoding="utf-8"), yaml.CSafeLoader)
+        told[str((read["backbone"], read.get("demo", {}).get("backbone")))] = path
+    for path in told.values():
+        recipe = config.load(path, [*network, *root])
+        (tmp_path / "recipe.yaml").write_text(config.dump(recipe), encoding="utf-8")
+        again = config.load(tmp_path / "recipe.yaml")  # as a run that goes on reads it
+
+        assert f"backbone.use={recipe.backbone.use}" == network[0]
+        assert config.differences(recipe.values, again.values) == []
 
 
 def test_all_mistakes_are_reported_together_ten_at_most(path: Path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastssl.backbones import named, nin, resnet
+from fastssl.backbones import alexnet, named, nin, resnet, resnet_v2, revnet, vgg
 from fastssl.depths import depths, learning
 
 
@@ -45,6 +45,57 @@ def test_a_nin_s_parameters_are_in_their_blocks():
 
     assert found.stages == ("conv1", "conv2", "conv3", "conv4")
     assert all(depth == int(name.split(".")[1]) for name, depth in found.parameters.items())
+
+
+@pytest.mark.parametrize("length", [None, 5])
+def test_hidden_layers_behind_one_another_are_stages_of_their_own(length):
+    made = {"representation": length}
+    for backbone in (
+        vgg.backbone(vgg.Options(widening=1, image_size=32, **made)),
+        alexnet.backbone(alexnet.Options(image_size=63, **made)),
+    ):
+        found = depths(backbone)
+        maps = tuple(f"conv{number}" for number in range(1, 6))
+        last = () if length is None else ("representation",)
+
+        assert found.stages == (*maps, "fc6", "fc7", *last)
+        for name, depth in found.parameters.items():
+            stage = name.split(".")[0]
+            assert found.stages[depth] == stage or (stage == "features" and depth < len(maps))
+        assert {found.parameters[name] for name in found.parameters if "features" in name} == {
+            *range(5)
+        }
+        assert found.stages[found.modules["fc6.1"]] == "fc6"  # its norm
+
+
+@pytest.mark.parametrize("length", [None, 5])
+@pytest.mark.parametrize("reversible", [True, False])
+def test_a_revnet_s_parameters_are_in_its_stages_reversible_or_not(reversible, length):
+    options = revnet.Options(
+        widening=1, units=(1, 2, 1, 1), reversible=reversible, representation=length
+    )
+    found = depths(revnet.backbone(options))
+    last = () if length is None else ("representation",)
+
+    assert found.stages == ("stem", "layer1", "layer2", "layer3", "layer4", *last)
+    for name, depth in found.parameters.items():
+        stage = name.split(".")[0]
+        assert found.stages[depth] == {"root": "stem", "norm": "layer4"}.get(stage, stage)
+    assert found.modules["layer2"] == found.modules["layer2.1.norm3"] == 2
+
+
+@pytest.mark.parametrize("length", [None, 5])
+def test_a_resnet_v2_s_last_norm_is_of_its_last_map_also_before_another_layer(length):
+    options = resnet_v2.Options(widening=1, representation=length)
+    found = depths(resnet_v2.backbone(options))
+    last = () if length is None else ("representation",)
+
+    assert found.stages == ("stem", "layer1", "layer2", "layer3", "layer4", *last)
+    for name, depth in found.parameters.items():
+        parts = name.removeprefix("network.").split(".")
+        stage = f"layer{int(parts[1]) + 1}" if parts[0] == "stages" else parts[0]
+        assert found.stages[depth] == {"norm": "layer4"}.get(stage, stage)
+    assert found.stages[found.modules["network.norm"]] == "layer4"
 
 
 def test_it_is_reached_not_named():

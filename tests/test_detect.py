@@ -14,7 +14,7 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from fastssl import evaluate, loader
-from fastssl.backbones import resnet
+from fastssl.backbones import alexnet, resnet, resnet_v2, revnet, vgg
 from fastssl.detection import data as detection_data
 from fastssl.detection import detector as detection
 from fastssl.detection import score
@@ -187,6 +187,50 @@ class Sums(nn.Module):
 def test_c4_refuses_a_backbone_whose_last_stage_can_t_be_taken_off():
     with pytest.raises(ValueError, match=r"detect.network \(c4\).*second.*detect.network=fpn"):
         detection.body(Sums(), DESIGNS["c4"])
+
+
+@pytest.mark.parametrize("network", DESIGNS)
+@pytest.mark.parametrize(
+    ("build", "size"),
+    [
+        (lambda: vgg.backbone(vgg.Options(widening=1, image_size=32)), 32),
+        (lambda: vgg.backbone(vgg.Options(widening=1, image_size=128)), 128),  # the probe's own
+        (lambda: alexnet.backbone(alexnet.Options(image_size=63)), 63),
+    ],
+)
+def test_networks_for_one_size_are_refused_in_one_line(build, size, network):
+    said = rf"^detect needs .* takes {size} x {size} pixels only: give a ResNet or another .*$"
+    with pytest.raises(ValueError, match=said):
+        detection.body(build(), DESIGNS[network])
+
+
+@pytest.mark.parametrize(
+    ("build", "first", "last"),
+    [
+        (
+            lambda: resnet_v2.backbone(resnet_v2.Options(widening=1)),
+            "network.stages.0.",
+            "network.stages.3.",
+        ),
+        (
+            lambda: revnet.backbone(revnet.Options(widening=1, units=(1, 1, 1, 1))),
+            "layer1.",
+            "layer4.",
+        ),
+    ],
+    ids=["resnet_v2", "revnet"],
+)
+def test_k19_s_networks_carry_a_pyramid_and_c4_is_refused_in_one_line(build, first, last):
+    detector = made(build(), replace(DESIGNS["fpn"], freeze=2)).train()
+    torch.stack([*detector(*batch()).values()]).sum().backward()
+    unreached = [n for n, p in detector.named_parameters() if p.requires_grad and p.grad is None]
+    taught = [n for n, p in detector.named_parameters() if p.grad is not None]
+
+    assert unreached == []  # DDP takes them for a mistake
+    assert any(name.startswith(f"trunk.backbone.{last}") for name in taught)
+    assert not any(name.startswith(f"trunk.backbone.{first}") for name in taught)
+    with pytest.raises(ValueError, match=r"^detect.network \(c4\).*layer4.*detect.network=fpn.*$"):
+        detection.body(build(), DESIGNS["c4"])
 
 
 def test_fpn_says_how_many_anchors_it_needs(backbone):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fastssl import backbone_file, checkpoint, classifier, config, finetune, journal, train
-from fastssl.backbones import resnet
+from fastssl.backbones import resnet, resnet_v2, revnet, vgg
 from fastssl.objectives import finetune as objectives
 from pipelines.readers import folder
 from tests import tiny_backbone
@@ -137,6 +137,63 @@ def test_the_last_stages_learn_and_those_before_stay_bit_for_bit():
 
     assert moved == {"layer3", "layer4"}
     assert not torch.equal(before["head.0.weight"], objective.get_parameter("head.0.weight"))
+
+
+@pytest.mark.parametrize(
+    ("make", "last"),
+    [
+        (
+            lambda: revnet.backbone(revnet.Options(widening=1, units=(1, 1, 1, 2))),
+            ("layer4.", "norm."),
+        ),
+        (
+            lambda: resnet_v2.backbone(resnet_v2.Options(widening=1)),
+            ("network.stages.3.", "network.norm."),
+        ),
+        (
+            lambda: resnet_v2.backbone(
+                resnet_v2.Options(widening=1, activation_checkpointing=True)
+            ),
+            ("network.stages.3.", "network.norm."),
+        ),
+        (lambda: vgg.backbone(vgg.Options(widening=1, image_size=32)), ("fc7.",)),
+    ],
+    ids=["revnet", "resnet_v2", "resnet_v2 recomputed", "vgg"],
+)
+def test_of_k19_s_networks_the_last_stage_learns_and_the_rest_stays_bit_for_bit(make, last):
+    objective = build(make(), train_stages=1)
+    backbone = objective.backbone
+    after = dict([*backbone.named_parameters(), *backbone.named_buffers()])
+    before = {name: value.detach().clone() for name, value in after.items()}
+    optimizer = torch.optim.SGD((p for p in objective.parameters() if p.requires_grad), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        objective(**batch(side=32))[0].backward()
+        optimizer.step()
+    moved = {name for name in after if not torch.equal(after[name], before[name])}
+
+    assert moved == {name for name in after if name.startswith(last)}  # statistics among them
+    for name, parameter in backbone.named_parameters():
+        assert (parameter.grad is not None) == name.startswith(last), name
+
+
+def test_a_reversible_stage_of_which_a_part_is_frozen_has_the_gradients_of_a_plain_one():
+    gradients = []
+    for reversible in (True, False):
+        torch.manual_seed(0)
+        options = revnet.Options(widening=1, units=(1, 1, 2, 1), reversible=reversible)
+        backbone = revnet.backbone(options).double().train()
+        for name, parameter in backbone.named_parameters():
+            frozen = name.startswith(("root", "layer2", "layer3.0", "layer4.0.norm"))
+            parameter.requires_grad_(not frozen)
+        image = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(1)).double()
+        backbone(image).square().sum().backward()
+        gradients.append({name: each.grad for name, each in backbone.named_parameters()})
+
+    for name, plain in gradients[1].items():
+        assert (gradients[0][name] is None) == (plain is None), name
+        if plain is not None:
+            torch.testing.assert_close(gradients[0][name], plain, rtol=1e-6, atol=1e-9)
 
 
 def test_autograd_keeps_nothing_of_frozen_stages():

@@ -603,6 +603,14 @@ def test_a_real_run_is_reported_without_touching_it(tmp_path, checkout, environ,
     assert "No preview of the input: data.root: there is no folder /not/there" in page.text
 
 
+def test_a_run_s_widening_is_told_before_the_width_that_is_the_default(tmp_path):
+    backbone = {"use": "fastssl.backbones.resnet", "name": "resnet50", "width": 64, "widening": 8}
+    given = {"backbone": backbone, "train": {"epochs": 4, "batch": 64}}
+    (read,) = read_all([str(make_run(tmp_path / "wide", LINES, recipe=given))])
+
+    assert read.backbone == "resnet50, widening 8"
+
+
 def test_wrong_folders_and_files_are_refused_in_one_line(tmp_path, run, capsys):
     (tmp_path / "empty").mkdir()
     file = tmp_path / "file"

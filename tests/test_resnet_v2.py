@@ -243,7 +243,7 @@ def test_weights_are_drawn_as_torchvision_draws_a_resnet_s():
 @pytest.mark.parametrize(
     ("options", "least", "before_the_last_stride", "remedy"),
     [
-        ({}, 17, "layer3", r" \(backbone.stem=small takes 5\)$"),
+        ({}, 17, "layer3", r" \(backbone.stem=small takes 5, and"),
         ({"stem": "small"}, 5, "layer3", "$"),
         ({"patch_mode": True}, 5, "layer2", "$"),
     ],

@@ -155,7 +155,7 @@ def test_least_size_is_the_smallest_at_which_every_stride_has_two_pixels(options
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"widening": 0}, r"widening \(0\) must be at least 1; K19's: 4, 8, 12, 16"),
+        ({"widening": 0}, r"widening \(0\) must be at least 1; K19's are 4, 8, 12 and 16"),
         ({"units": (3, 4, 0, 3)}, r"units \(\[3, 4, 0, 3\]\) must be at least 1"),
         ({"patch_mode": True}, r"patch_mode \(true\) .* 'small' .* give one of the two"),
         ({"representation": 0}, r"representation \(0\) must be at least 1, or null"),
@@ -236,6 +236,24 @@ def test_frozen_weights_have_no_gradient_and_those_before_and_behind_have_theirs
         assert (one.grad is None) == (other.grad is None)
         if one.grad is not None and other.grad is not None:
             assert_same([one.grad], [other.grad])
+
+
+@pytest.mark.parametrize("how", ["weight", "mode", "functional"])
+def test_units_that_are_others_in_the_backward_pass_are_refused_not_wrong(how):
+    network, x = build().double(), images()
+    if how == "functional":
+        others = {key: value + 0.1 for key, value in network.named_parameters()}
+        loss = torch.func.functional_call(network, others, (x,)).sum()
+    else:
+        loss = network(x).sum()
+    if how == "weight":
+        with torch.no_grad():
+            network.layer1[0].conv1.weight.add_(0.1)
+    if how == "mode":
+        network.eval()
+
+    with pytest.raises(RuntimeError, match=r"units have other parameters|modified by an inplace"):
+        loss.backward()
 
 
 def test_dropout_in_a_unit_drops_the_same_when_computed_again_and_random_numbers_go_on():

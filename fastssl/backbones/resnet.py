@@ -65,7 +65,9 @@ class Options:
             remedy = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {NAMES}"
             raise ValueError(f"name ({self.name!r}) is no ResNet of torchvision; {remedy}")
         if self.widening is not None and self.widening < 1:
-            raise ValueError(f"widening ({self.widening}) must be at least 1; K19's: 4, 8, 12, 16")
+            raise ValueError(
+                f"widening ({self.widening}) must be at least 1; K19's are 4, 8, 12 and 16"
+            )
         if self.widening is not None and self.width != 64:
             raise ValueError(
                 f"widening ({self.widening}) is a width of {16 * self.widening}, and width "
@@ -171,7 +173,7 @@ def _pixels(options: Options) -> Pixels:
         return Pixels(MEAN, STD, least=5)
     if options.patch_mode:
         return Pixels(MEAN, STD, least=5)
-    remedy = "5 will do with backbone.stem=small, or backbone.patch_mode=true"
+    remedy = "backbone.stem=small takes 5, and so does backbone.patch_mode=true"
     return Pixels(MEAN, STD, least=17, remedy=remedy)
 
 

@@ -18,7 +18,6 @@ from fastssl.pixels import MEAN, STD, Pixels
 from fastssl.recompute import checkpointed
 
 BLOCKS = (3, 4, 6, 3)  # of each stage
-K19_WIDENINGS = "4, 8, 12 and 16"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +48,7 @@ class Options:
     def __post_init__(self):
         if self.widening < 1:
             raise ValueError(
-                f"widening ({self.widening}) must be at least 1; K19's are {K19_WIDENINGS}"
+                f"widening ({self.widening}) must be at least 1; K19's are 4, 8, 12 and 16"
             )
         if self.patch_mode and self.stem == "small":
             raise ValueError(
@@ -80,7 +79,8 @@ class Backbone(nn.Module):
         # Strides of 2 make one pixel of the last two: 2 ** (their number - 1) + 1, as they round
         # up. The standard stem has 5 of them, the small one 3, and patch mode 3.
         least = 17 if options.stem == "standard" and not options.patch_mode else 5
-        remedy = "backbone.stem=small takes 5" if least == 17 else ""
+        remedy = "backbone.stem=small takes 5, and so does backbone.patch_mode=true"
+        remedy = remedy if least == 17 else ""
         self.pixels = Pixels(MEAN, STD, least=least, remedy=remedy)
         self.network = _Network(options)
         network_keys.as_of_network(self)

@@ -58,7 +58,9 @@ class Options:
 
     def __post_init__(self):
         if self.widening < 1:
-            raise ValueError(f"widening ({self.widening}) must be at least 1; K19's: 4, 8, 12, 16")
+            raise ValueError(
+                f"widening ({self.widening}) must be at least 1; K19's are 4, 8, 12 and 16"
+            )
         if min(self.units) < 1:
             raise ValueError(f"units ({list(self.units)}) must be at least 1 in each of 4 stages")
         if self.patch_mode and self.stem == "small":
@@ -106,7 +108,8 @@ class Backbone(nn.Module):
         if options.stem == "small" or options.patch_mode:
             self.pixels = Pixels(MEAN, STD, least=5)
         else:
-            self.pixels = Pixels(MEAN, STD, least=17, remedy="backbone.stem=small takes 5")
+            remedy = "backbone.stem=small takes 5, and so does backbone.patch_mode=true"
+            self.pixels = Pixels(MEAN, STD, least=17, remedy=remedy)
 
     def forward(self, x: Tensor) -> Tensor:
         """Features [B, dim] of `x` [B, 3, H, W]: uint8 in 0 ... 255, or normalised floats.
@@ -234,8 +237,7 @@ class _Reversible(torch.autograd.Function):
     def forward(
         ctx: Any, units: list[nn.Module], first: Tensor, second: Tensor, *parameters: Tensor
     ) -> Halves:
-        del parameters  # autograd sees them, the units hold them
-        ctx.units, ctx.random = units, []
+        ctx.units, ctx.random, ctx.state = units, [], _state(units)
         device = first.device.type
         ctx.autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         of_first_unit = second
@@ -244,14 +246,21 @@ class _Reversible(torch.autograd.Function):
             first, second = _forward([unit], (first, second))
         # What the first unit sees is kept as it was: half of its channels are zeros behind another
         # stage, where ReLU has its kink, and what is computed back lies on either side of zero.
-        ctx.save_for_backward(of_first_unit, first, second)
+        # Parameters take no memory here, and autograd refuses those that are changed in between.
+        ctx.save_for_backward(of_first_unit, first, second, *parameters)
         return first, second
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:  # pyright: ignore
         of_first, of_second = gradients
-        of_first_unit, first, second = ctx.saved_tensors
+        of_first_unit, first, second, *_ = ctx.saved_tensors
+        if _state(ctx.units) != ctx.state:
+            raise RuntimeError(
+                "a RevNet's units have other parameters in the backward pass than in the forward "
+                "pass, or another mode (train, eval), and would give the gradients of another "
+                "network: leave both alone in between, or give backbone.reversible=false"
+            )
         enabled, dtype = ctx.autocast
         of_parameters: list[list[Tensor | None]] = []
         for unit, random in zip(reversed(ctx.units), reversed(ctx.random), strict=True):
@@ -275,6 +284,12 @@ class _Reversible(torch.autograd.Function):
             of_first, of_second = of_second, of_first + through
         flat = [each for unit in reversed(of_parameters) for each in unit]
         return (None, of_first, of_second, *flat)
+
+
+def _state(units: list[nn.Module]) -> tuple[list[int], list[bool]]:
+    """Which parameters, and the mode of each module: what a unit is read by again."""
+    parameters = [id(each) for unit in units for each in unit.parameters()]
+    return parameters, [each.training for unit in units for each in unit.modules()]
 
 
 def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:

@@ -81,9 +81,15 @@ def body(backbone: nn.Module, design: Design) -> Body:
         design: of the detector.
 
     Raises:
-        ValueError: the backbone has too few stages, or for c4 a last one that is not a module which
-            can be applied alone.
+        ValueError: the backbone takes images of one size only, has too few stages, or for c4 a last
+            one that is not a module which can be applied alone.
     """
+    size = vars(backbone).get("image_size")  # of those whose layers cover the whole image
+    if size is not None:
+        raise ValueError(
+            f"detect needs a backbone for pictures of every size, and {type(backbone).__module__} "
+            f"takes {size} x {size} pixels only: give a ResNet or another convolutional network"
+        )
     backbone = copy.deepcopy(backbone).eval().requires_grad_(True)
     with torch.no_grad():
         stages = {
@@ -296,7 +302,7 @@ def _taken_off(backbone: nn.Module, before: str, last: str) -> nn.Module:
                     head(whole[before]), whole[last]
                 ):
                     return head
-            except RuntimeError:  # what follows the last stage takes its output only
+            except (RuntimeError, TypeError):  # what follows takes its output only, or its modules
                 pass
     raise ValueError(
         f"detect.network (c4) applies the last stage, {last}, to every region, and "
