@@ -59,12 +59,16 @@ class Options:
                 f"widenings ({in_yaml(list(self.widenings))}) must be at least 1; K19's: 4, 8, 12, "
                 "16"
             )
+        if self.seeds and not 0 <= min(self.seeds) <= max(self.seeds) < 2**31:
+            raise ValueError(f"seeds ({in_yaml(list(self.seeds))}) must be in 0 ... {2**31 - 1}")
         if not self.out:
             raise ValueError("out ('') must name a folder")
         if self.processes < 1:
             raise ValueError(f"processes ({self.processes}) must be at least 1")
 
 
+# In the name of every measurement on built-in images: other words would have all measured again.
+_BUILT_IN = "built-in images, settings of the recipes' demo sections"
 # What a grid sets itself, and the key that says how.
 _OWN = {
     "train.out": "grid.out",
@@ -73,6 +77,9 @@ _OWN = {
     "backbone.widening": "grid.widenings",
     "backbone.last_relu": "grid.last_relu",
 }
+# In what the runs of a cell may differ.
+_FREE = sweeping.FREE | {"train.seed"}
+_STAGES = ("features.stages=", "knn.stages=")  # not for a grid: it is of the last one
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -85,6 +92,9 @@ def main(arguments: Sequence[str]) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, ValueError) else 1
+    except KeyboardInterrupt:  # before the first run; later ones write their checkpoints
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -105,9 +115,12 @@ def run(arguments: Sequence[str]) -> int:
     _refuse_other_images(points)
     chance = 1 / measuring.classes(points[0])
     command = _command(options.probe, for_probe, points[0])
-    about = About(options.probe, command, _images(points[0]), chance)
-    measure = measuring.fingerprint([about.probe, about.arguments, about.images])
-    _refuse_shared_cells(points, grid_table.read(out, measure))
+    images = _images(points[0])
+    measure = measuring.fingerprint([options.probe, command, images])
+    if images == _BUILT_IN:
+        images = "built-in images, with a recipe's demo section where it has one"
+    about = About(options.probe, command, images, chance)
+    _refuse_shared_cells(points, grid_table.read(out, measure, say=starting.say))
     finished = sum(map(sweeping.is_finished, points))
     starting.say(f"grid: {len(points)} runs in {out}, {finished} of them finished")
     runner, failed, table = Runner(), {}, ""
@@ -254,20 +267,23 @@ def _read(arguments: Sequence[str]) -> tuple[list[str], list[str], list[str], Op
     other = {"linear": "knn", "knn": "linear"}[options.probe]
     if spare := [each for each in for_probe if each.startswith(f"{other}.")]:
         raise RecipeError(f"command line: {spare[0]}: is for grid.probe={other}")
+    if stages := [each for each in for_probe if each.startswith(_STAGES)]:
+        raise RecipeError(
+            f"command line: {stages[0]}: a grid measures the last stage: leave it out (of others: "
+            f"python -m fastssl.evaluate {options.probe} RUN)"
+        )
     measuring.check_arguments(for_probe)
     return recipes, rest, for_probe, options
 
 
 def _command(what: str, for_probe: Sequence[str], point: Point) -> tuple[str, ...]:
-    """The arguments of the probe's command behind the RUN; of the last stage if not said."""
-    has_stages = any(each.startswith(("features.stages=", "knn.stages=")) for each in for_probe)
-    stage = [] if has_stages else ["features.stages=[last]"]
-    return (*stage, *for_probe, *measuring.data_arguments(point))
+    """The arguments of the probe's command behind the RUN."""
+    return ("features.stages=[last]", *for_probe, *measuring.data_arguments(point))
 
 
 def _images(point: Point) -> str:
     if point.recipe.demo:
-        return "built-in images, settings of the recipes' demo sections"
+        return _BUILT_IN
     root = probe.folder_of(point.recipe.probe, point.recipe.data.options)
     return f"trained on {point.recipe.data.options.root}, probed on {root}"
 
@@ -298,21 +314,39 @@ def _refuse_other_images(points: Sequence[Point]) -> None:
 
 
 def _refuse_shared_cells(points: Sequence[Point], runs: Sequence[grid_table.Run]) -> None:
-    """The runs of a cell differ in their seeds alone.
+    """The runs of a cell are of one recipe, each of another seed: their spread is that of seeds.
+
+    Args:
+        points: of this command.
+        runs: that are in the table already.
 
     Raises:
-        RecipeError: two recipes are of one cell.
+        RecipeError: two are of a cell, and differ in more than the seed, or not even in that.
     """
-    here = [(k19_table.cell(point.recipe.values), point.name) for point in points]
-    there = [(each.cell, each.folder) for each in runs]
-    first: dict[k19_table.Cell, str] = {}
-    for cell, name in [*here, *there]:
-        without_seed = name.rpartition(",seed=")[0]
-        known = first.setdefault(cell, without_seed)
-        if known != without_seed:
+    asked = {point.name for point in points}
+    here = [(point.name, point.recipe.values) for point in points]
+    there = [(run.folder, run.values) for run in runs if run.folder not in asked]
+    cells: dict[k19_table.Cell, list[tuple[str, dict[str, dict[str, Any]]]]] = {}
+    for name, values in here:
+        cells.setdefault(k19_table.cell(values), []).append((name, values))
+    for name, values in there:
+        # Cells that this command adds nothing to are what they were.
+        cells.get(k19_table.cell(values), []).append((name, values))
+    for cell, its in cells.items():
+        seeds: dict[int, str] = {}
+        first, first_values = its[0]
+        said = config.defaults(first_values)
+        for name, values in its:
+            unlike = config.differences(values, first_values, _FREE, unsaid=said)
+            other = seeds.setdefault(values["train"]["seed"], name)
+            if not unlike and other == name:
+                continue
+            pair = (name, first) if unlike else (name, other)
+            why = f"differ in more than the seed ({sweeping.told(unlike)})"
             raise RecipeError(
-                f"{known} and {without_seed} are of one cell of the table, {cell.network} at "
-                f"{cell.task}: leave one of them out, or name another folder (grid.out=...)"
+                f"{pair[0]} and {pair[1]} are of one cell of the table, {cell.network} at "
+                f"{cell.task}, and {why if unlike else 'have one seed'}: leave one of them out, or "
+                "name another folder (grid.out=...)"
             )
 
 
@@ -326,7 +360,8 @@ def _usage() -> str:
         "for the probe:",
     ]
     for section, options in measuring.SECTIONS.items():
-        lines += measuring.usage(section, options)
+        told = measuring.usage(section, options)
+        lines += [line for line in told if not line.strip().startswith(_STAGES)]
     return "\n".join(lines)
 
 

@@ -6,16 +6,15 @@ what was measured on it, and recipe.yaml says where in the table it belongs.
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import yaml
-
-from fastssl import checkpoint, k19_table, measuring, sweeping
+from fastssl import checkpoint, k19_table, measuring, starting, sweeping
+from fastssl.config import RecipeError
 from fastssl.k19_table import Cell
 
 _FILE = "grid.json"
@@ -30,8 +29,7 @@ class Run:
     cell: Cell
     seed: int
     accuracy: float  # 0 ... 1, of the last stage
-    epochs: int
-    backbone: Mapping[str, Any]
+    values: dict[str, dict[str, Any]]  # of its recipe
 
 
 @dataclass(frozen=True)
@@ -44,47 +42,59 @@ class About:
     chance: float
 
 
-def known(folder: Path, measure: str) -> float | None:
+def known(
+    folder: Path, measure: str, *, say: Callable[[str], None] = starting.silent
+) -> float | None:
     """The accuracy that was measured on the weights which the run folder holds now.
 
     Args:
         folder: of a finished run.
         measure: the measurement's name, `measuring.fingerprint` of all that it depends on.
+        say: told of a file that can't be read, which counts as not measured.
     """
-    path = folder / _FILE
-    if not path.exists() or not (folder / "backbone.json").exists():
+    if not (folder / "backbone.json").exists():
         return None
-    found = json.loads(path.read_text(encoding="utf-8")).get(measure)
-    if found is None or found["weights"] != measuring.weights(folder):
+    found = _kept(folder)
+    entry = None if found is None else found.get(measure)
+    if found is None or (entry is not None and not _is_whole(entry)):
+        say(f"grid: warning: {folder / _FILE} can't be read: not measured, as far as is known")
         return None
-    return found["accuracy"]
+    if entry is None or entry["weights"] != measuring.weights(folder):
+        return None
+    return entry["accuracy"]
 
 
 def keep(folder: Path, measure: str, accuracy: float, about: About) -> None:
     """Adds a measurement to the run folder's."""
-    path = folder / _FILE
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    before = _kept(folder) or {}
     before[measure] = {
         "accuracy": accuracy,
         "probe": about.probe,
         "arguments": about.arguments,
         "weights": measuring.weights(folder),
     }
-    with checkpoint.whole_file(path) as file:
+    with checkpoint.whole_file(folder / _FILE) as file:
         file.write(json.dumps(before, indent=1).encode())
 
 
-def read(out: Path, measure: str) -> list[Run]:
-    """All runs in the folder `out` on which `measure` was measured."""
+def read(out: Path, measure: str, *, say: Callable[[str], None] = starting.silent) -> list[Run]:
+    """All runs in the folder `out` on which `measure` was measured.
+
+    `say` is told which are left out, for want of a file that can be read.
+    """
     runs = []
     for path in sorted(out.glob(f"*/{_FILE}")):
         folder = path.parent
-        accuracy = known(folder, measure)
-        if accuracy is not None:
-            values = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
-            cell, train = k19_table.cell(values), values["train"]
-            epochs, backbone = train["epochs"], values["backbone"]
-            runs.append(Run(folder.name, cell, train["seed"], accuracy, epochs, backbone))
+        accuracy = known(folder, measure, say=say)
+        if accuracy is None:
+            continue
+        try:
+            values = sweeping.recipe_of(folder)
+        except RecipeError as error:
+            say(f"grid: warning: {error}: left out of the table")
+            continue
+        cell, seed = k19_table.cell(values), values["train"]["seed"]
+        runs.append(Run(folder.name, cell, seed, accuracy, values))
     return runs
 
 
@@ -95,7 +105,7 @@ def write(out: Path, runs: Sequence[Run], about: About, failed: Mapping[str, str
         out: the grid's folder.
         runs: that were measured.
         about: of what.
-        failed: name of a run -> why it is not in the table.
+        failed: name of a run of this command -> why it is not in the table.
 
     Returns:
         The text of table.md.
@@ -115,13 +125,14 @@ def write(out: Path, runs: Sequence[Run], about: About, failed: Mapping[str, str
         lines += ["", "Rank agreement of networks (Spearman: 1 the same order, 0 none):", ""]
         lines += [f"- {_told(each)}" for each in agreement]
     if failed:
-        lines += ["", "Failed:", "", *(f"- {name}: {why}" for name, why in failed.items())]
+        lines += ["", "Failed in the last command:", ""]
+        lines += [f"- {name}: {why}" for name, why in failed.items()]
     text = "\n".join(lines) + "\n"
     whole = {
         **asdict(about),
         "cells": [_as_json(cell, cells[cell]) for cell in cells],
         "rank_agreement": agreement,
-        "runs": [asdict(run) for run in runs],
+        "runs": [_run_as_json(run) for run in runs],
         "failed": dict(failed),
     }
     out.mkdir(parents=True, exist_ok=True)
@@ -177,6 +188,26 @@ def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
     x, y = [a - fmean(x) for a in x], [b - fmean(y) for b in y]
     scale = (sum(a * a for a in x) * sum(b * b for b in y)) ** 0.5
     return sum(a * b for a, b in zip(x, y, strict=True)) / scale if scale else None
+
+
+def _kept(folder: Path) -> dict[str, Any] | None:
+    """Name -> measurement, of the run folder; None: its file can't be read."""
+    path = folder / _FILE
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):  # torn, or not UTF-8
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _is_whole(entry: Any) -> bool:
+    """Whether it is a measurement; NaN is none."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("weights"), str):
+        return False
+    accuracy = entry.get("accuracy")
+    return isinstance(accuracy, int | float) and 0 <= accuracy <= 1
 
 
 def _ranks(values: Sequence[float]) -> list[float]:
@@ -259,6 +290,17 @@ def _as_json(cell: Cell, accuracies: Sequence[float]) -> dict[str, Any]:
         "k19": k19_table.published(cell),
         "k19_nearest": _published(cell.task, cell.widening).get(cell.network),
         "k19_nearest_widening": k19_table.nearest(cell.task, cell.widening),
+    }
+
+
+def _run_as_json(run: Run) -> dict[str, Any]:
+    return {
+        "folder": run.folder,
+        "cell": asdict(run.cell),
+        "seed": run.seed,
+        "accuracy": run.accuracy,
+        "epochs": run.values["train"]["epochs"],
+        "backbone": run.values["backbone"],
     }
 
 

@@ -6,6 +6,7 @@ run trains, hours ahead.
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
@@ -68,7 +69,8 @@ def classes(point: Point) -> int:
             f"{recipe.path}: accuracies are to be compared: give probe.root, a folder with "
             "train/<class>/ and val/<class>/"
         )
-    data = replace(recipe.data.options, root=str(root))
+    # Of training's images a subset may be asked for: it is not the probe's.
+    data = replace(labelled.whole(recipe.data.options, str(root)), limit=None)
     _, _, found = labelled.splits(recipe.data.module, data, cache=demo.cache(), say=starting.silent)
     return len(found)
 
@@ -93,12 +95,22 @@ def accuracy(
         arguments: of the command, behind the RUN.
         runner: starts it.
     """
+    before = len(_lines(what, folder))
     code, said = runner.run("fastssl.evaluate", [what, run, *arguments], processes=1)
-    # The kNN accuracies that training itself measures name no stage.
-    lines = [line for line in journal.read(folder) if line.get("probe") == what and "stage" in line]
-    if code or not lines:
+    if code:
         return None, f"evaluate.py {what} ended with {code}: {said}"
-    return lines[-1]["accuracy"], ""
+    lines = _lines(what, folder)[before:]
+    if not lines:
+        return None, f"evaluate.py {what} wrote no accuracy to {folder / 'metrics.jsonl'}"
+    found = lines[-1].get("accuracy")
+    if not isinstance(found, int | float) or not math.isfinite(found):
+        return None, f"evaluate.py {what} found an accuracy of {found}"
+    return found, ""
+
+
+def _lines(what: str, folder: Path) -> list[dict]:
+    """Those of the command; the kNN accuracies that training itself measures name no stage."""
+    return [line for line in journal.read(folder) if line.get("probe") == what and "stage" in line]
 
 
 def weights(folder: Path) -> str:

@@ -8,17 +8,19 @@ import contextlib
 import csv
 import itertools
 import json
+import math
 import os
 import re
 import signal
 import statistics
 import subprocess
 import sys
-import tempfile
+import threading
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
@@ -30,6 +32,10 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 # What a launcher tells its processes is not for those that are started here.
 _LAUNCHER = ("ACCELERATE_", "MASTER_", "PET_", "TORCHELASTIC_", "RANK", "LOCAL_", "WORLD_SIZE")
 _LAUNCHER += ("GROUP_", "ROLE_")
+# Keys in which two runs of one recipe may differ. A run that is over has the steps that it has.
+FREE = config.FREE_ON_RESUME - {"train.steps"}
+_REMEMBERED = 1000  # lines of what a process says: torchrun adds many to the one that matters
+_REST = 10  # seconds for the last lines of a process that has ended
 
 
 @dataclass(frozen=True)
@@ -134,13 +140,36 @@ def is_finished(point: Point) -> bool:
     return (point.folder / "backbone.json").exists()
 
 
+def recipe_of(folder: Path) -> dict[str, dict[str, Any]]:
+    """The `values` of the recipe in a run folder.
+
+    Raises:
+        RecipeError: the folder has none, or it can't be read.
+    """
+    path = folder / "recipe.yaml"
+    if not path.exists():
+        raise RecipeError(f"{folder} holds a finished run without its recipe.yaml")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        values = None
+    sections = {"backbone", "objective", "pipeline", "train"}
+    if (
+        not isinstance(values, dict)
+        or not sections <= values.keys()
+        or not all(isinstance(keys, dict) for keys in values.values())
+    ):
+        raise RecipeError(f"{path} is not the recipe of a run")
+    return values
+
+
 class Runner:
     """Starts processes one after the other and passes a wish to stop on to the one that runs."""
 
     def __init__(self) -> None:
         """Nothing runs, nobody has asked."""
         self.stopped = False
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: subprocess.Popen[str] | None = None
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -158,29 +187,44 @@ class Runner:
     ) -> tuple[int, str]:
         """The exit code of `python -m module arguments`, and the last line it said was wrong.
 
-        What it says goes to the file `log`, or where this process's own words go.
+        What it says goes to the file `log`, or where this process's own words go, as it says it.
         """
         launch = ["-m", module, *arguments]
         if processes > 1:
             torchrun = ["-m", "torch.distributed.run", "--standalone"]
             launch = [*torchrun, f"--nproc_per_node={processes}", *launch]
-        with tempfile.TemporaryFile() if log is None else log.open("w+b") as errors:
-            self._process = subprocess.Popen(
+        last: deque[str] = deque(maxlen=_REMEMBERED)
+        with contextlib.ExitStack() as until_the_end:
+            file = None
+            if log is not None:
+                file = log.open("w+", encoding="utf-8", errors="replace")
+                until_the_end.enter_context(file)
+            process = subprocess.Popen(
                 [sys.executable, *launch],
                 env=_environment(),
-                stdout=None if log is None else errors,
-                stderr=errors,
+                stdout=file,
+                stderr=subprocess.PIPE if file is None else file,
+                encoding="utf-8",
+                errors="replace",
             )
+            self._process = process
             if self.stopped:  # asked while it was being started
-                self._process.send_signal(signal.SIGTERM)
-            code = self._process.wait()
+                process.send_signal(signal.SIGTERM)
+            if process.stderr is not None:
+                # A thread: a process that outlives its parent may keep the pipe open.
+                listener = threading.Thread(
+                    target=_pass_on, args=(process.stderr, last), daemon=True
+                )
+                listener.start()
+                code = process.wait()
+                listener.join(_REST)
+            else:
+                code = process.wait()
             self._process = None
-            errors.seek(0)
-            text = errors.read().decode(errors="replace")
-        if log is None:
-            sys.stderr.write(text)
-            sys.stderr.flush()
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
+            if file is not None:
+                file.seek(0)
+                last.extend(file)
+        lines = [line.strip() for line in last if line.strip()]
         said = [line for line in lines if line.startswith("error")] or lines[-1:]
         if self.stopped:
             code = stopping.STOPPED
@@ -193,8 +237,15 @@ class Runner:
 
 
 def train(point: Point, runner: Runner, *, processes: int) -> tuple[int, str]:
-    """Runs or goes on with the point; the exit code of train.py and what it said was wrong."""
-    return runner.run("fastssl.train", [point.recipe.path, *point.overrides], processes=processes)
+    """Runs or goes on with the point; the exit code of train.py and what it said was wrong.
+
+    0 also where another command has finished the same run in the meantime, which train.py refuses.
+    """
+    arguments = [point.recipe.path, *point.overrides]
+    code, said = runner.run("fastssl.train", arguments, processes=processes)
+    if code and not runner.stopped and is_finished(point) and _unlike(point) is None:
+        return 0, ""
+    return code, said
 
 
 def knn(point: Point) -> tuple[float | None, float | None]:
@@ -205,14 +256,14 @@ def knn(point: Point) -> tuple[float | None, float | None]:
         # Those that `evaluate.py knn` added name a stage.
         if line.get("probe") == "knn" and "stage" not in line
     ]
-    first = lines[0]["accuracy"] if lines and lines[0]["step"] == 0 else None
-    return (lines[-1]["accuracy"] if lines else None), first
+    first = _finite(lines[0]["accuracy"]) if lines and lines[0]["step"] == 0 else None
+    return (_finite(lines[-1]["accuracy"]) if lines else None), first
 
 
 def pretext(point: Point) -> float | None:
     """The accuracy of the task in the last line of the run; None for a task without one."""
     lines = [line for line in journal.read(point.folder) if "loss" in line]
-    return lines[-1].get("accuracy") if lines else None
+    return _finite(lines[-1].get("accuracy")) if lines else None
 
 
 def measured(out: Path) -> dict[str, float]:
@@ -268,18 +319,43 @@ def _refuse_other(point: Point, remedy: str) -> None:
     Raises:
         RecipeError: it is another: says what differs.
     """
-    if not is_finished(point):
-        return
-    text = (point.folder / "recipe.yaml").read_text(encoding="utf-8")
-    # A run that is over has the steps that it has.
-    free = config.FREE_ON_RESUME - {"train.steps"}
+    why = _unlike(point) if is_finished(point) else None
+    if why is not None:
+        raise RecipeError(f"{why}: name another folder ({remedy})")
+
+
+def _unlike(point: Point) -> str | None:
+    """Why the finished run in the point's folder is not that of the point; None: it is."""
     here = point.recipe.values
-    unlike = config.differences(yaml.safe_load(text), here, free, unsaid=config.defaults(here))
-    if unlike:
-        raise RecipeError(
-            f"{point.folder} holds a finished run of another recipe ({'; '.join(unlike[:3])}"
-            f"{' ...' * (len(unlike) > 3)}): name another folder ({remedy})"
-        )
+    try:
+        there = recipe_of(point.folder)
+    except RecipeError as error:
+        return str(error)
+    unlike = config.differences(there, here, FREE, unsaid=config.defaults(here))
+    if not unlike:
+        return None
+    return f"{point.folder} holds a finished run of another recipe ({told(unlike)})"
+
+
+def told(differences: Sequence[str]) -> str:
+    """The first of what config.differences found."""
+    return "; ".join(differences[:3]) + " ..." * (len(differences) > 3)
+
+
+def _pass_on(source: IO[str], last: deque[str]) -> None:
+    """Says what a process says, and remembers its last lines."""
+    with source:
+        for line in source:
+            last.append(line)
+            # Without a terminal to say it on, training goes on.
+            with contextlib.suppress(OSError):
+                sys.stderr.write(line)
+                sys.stderr.flush()
+
+
+def _finite(accuracy: float | None) -> float | None:
+    """NaN is no accuracy, and JSON has no word for it."""
+    return accuracy if accuracy is not None and math.isfinite(accuracy) else None
 
 
 def _environment() -> dict[str, str]:

@@ -13,7 +13,7 @@ from typing import ClassVar
 import pytest
 from scipy import stats
 
-from fastssl import config, grid, grid_table, k19_table
+from fastssl import config, grid, grid_table, k19_table, measuring
 from fastssl.grid_table import About, Run
 from fastssl.k19_table import Cell
 from fastssl.sweeping import Runner
@@ -203,6 +203,14 @@ def test_a_folder_is_called_alike_whether_recipe_or_command_line_gave_its_width(
         (["rotation_revnet50", "knn.neighbours=[5]"], r"is for grid\.probe=knn"),
         (["rotation_revnet50", "linear.l3=1"], "linear.l3: unknown key"),
         (["rotation_vgg19", "grid.last_relu=[false]"], "none of the networks"),
+        (["rotation_revnet50", "grid.seeds=[-1]"], r"grid: seeds \(\[-1\]\) must be in 0 ..."),
+        (["rotation_revnet50", f"grid.seeds=[0,{2**31}]"], "grid: seeds .* must be in 0 ..."),
+        (["rotation_revnet50", "features.stages=[layer4]"], "a grid measures the last stage"),
+        (["rotation_revnet50", "features.stages=[lst]"], "a grid measures the last stage"),
+        (
+            ["rotation_revnet50", "grid.probe=knn", "knn.stages=[layer4]"],
+            r"knn\.stages=\[layer4\]: a grid .* fastssl\.evaluate knn RUN",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_and_2_before_anything_is_made(words, said, tmp_path, capsys):
@@ -232,7 +240,18 @@ def test_two_recipes_of_one_cell_are_refused(tmp_path, capsys, demo_images):
     line = [f"{REVISITING}/rotation_revnet50.yaml", str(copy), f"grid.out={tmp_path / 'out'}"]
 
     assert grid.main(line) == 2
-    assert "of one cell of the table, RevNet50 at Rotation" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "of one cell of the table, RevNet50 at Rotation, and have one seed" in said
+
+
+def test_ctrl_c_before_the_first_run_is_told_in_a_line(monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(grid, "plan", interrupted)
+
+    assert grid.main([f"{REVISITING}/rotation_revnet50.yaml"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_recipes_of_different_images_are_refused(tmp_path, capsys, demo_images):
@@ -259,6 +278,7 @@ def test_help_lists_what_a_grid_takes(capsys):
     lines = {line.strip() for line in capsys.readouterr().out.splitlines()}
 
     assert {"grid.widenings=[]", "grid.probe=linear", "linear.updates=800"} <= lines
+    assert not [line for line in lines if line.startswith(("features.stages", "knn.stages"))]
     assert grid.main([]) == 2
 
 
@@ -270,6 +290,8 @@ class Here(Runner):
 
     asked: ClassVar[list[str]] = []  # what and of which run, since the last command
     broken: ClassVar[set[str]] = set()  # recipes that can't be trained
+    overtaken: ClassVar[list[str]] = []  # overrides of the run that another command has finished
+    mute: ClassVar[bool] = False  # its probes write no line
     accuracy: ClassVar[dict[str, float]] = {}  # recipe -> of its runs
 
     def __init__(self) -> None:
@@ -283,12 +305,17 @@ class Here(Runner):
             Here.asked.append(f"train {Path(str(recipe.train.out)).name}")
             if recipe.name in Here.broken:
                 return 1, "error: it broke"
+            if Here.overtaken:
+                finish(config.load(arguments[0], [*arguments[1:], *Here.overtaken]))
+                return 2, f"error: {recipe.train.out} holds a finished run"
             finish(recipe)
             return 0, ""
         assert module == "fastssl.evaluate"
         what, run, *passed = arguments
         assert passed[:2] == ["features.stages=[last]", f"{what}.{Here.passed}"]
         Here.asked.append(f"{what} {Path(run).name}")
+        if Here.mute:
+            return 0, ""
         line = {"step": 2, "probe": what, "stage": "pool"}
         line["accuracy"] = Here.accuracy[Path(run).name.partition(",")[0]]
         with (Path(run) / "metrics.jsonl").open("a") as file:
@@ -311,7 +338,7 @@ def here(monkeypatch, demo_images):
     """Runs commands of grid by the stand-in."""
     del demo_images  # rendered
     monkeypatch.setattr(grid, "Runner", Here)
-    Here.broken = set()
+    Here.broken, Here.overtaken, Here.mute = set(), [], False
     Here.passed = "memory_gb=2"
     Here.accuracy = {
         "rotation_revnet50": 0.5,
@@ -416,6 +443,157 @@ def test_a_finished_run_of_another_recipe_is_not_taken_for_the_point(here, tmp_p
     assert "grid.out=..." in said
 
 
+ONE = ["rotation_revnet50"]
+FOLDER = "rotation_revnet50,widening=1,last_relu=true,seed=0"
+
+
+def test_runs_of_other_settings_are_no_spread_over_seeds(here, tmp_path, capsys):
+    here(ONE, tmp_path, "grid.widenings=[1]", "grid.seeds=[0]")
+    line = [tmp_path, "grid.widenings=[1]", "grid.seeds=[1]"]
+
+    assert here(ONE, *line, "optim.lr=0.9", "train.epochs=1") == 2
+    said = capsys.readouterr().err
+    assert f"{FOLDER} and rotation_revnet50,widening=1,last_relu=true,seed=1 are of one" in said
+    assert "optim.lr: 0.05 there, 0.9 here" in said
+    assert "train.epochs: 8 there, 1 here" in said
+    assert [each.name for each in tmp_path.iterdir() if each.is_dir()] == [FOLDER]
+    assert here(ONE, *line, "loader.threads=1", "probe.neighbours=[5]") == 0
+    assert table_of(tmp_path)["RevNet50"]["Rotation 1x"] == "50.0 +- 0.0 (2)"
+
+
+def test_recipes_that_differ_in_the_seed_alone_share_a_cell(here, tmp_path, capsys):
+    text = Path(f"{REVISITING}/rotation_revnet50.yaml").read_text()
+    copy = tmp_path / "again.yaml"
+    copy.write_text(text.replace("\ntrain:\n", "\ntrain:\n  seed: 5\n"))
+    Here.accuracy["again"] = 0.3
+
+    assert here(ONE, tmp_path / "out", "grid.widenings=[1]", str(copy)) == 0
+    assert table_of(tmp_path / "out")["RevNet50"]["Rotation 1x"] == "40.0 +- 14.1 (2)"
+    copy.write_text(copy.read_text().replace("gamma: 0.1", "gamma: 0.2"))
+    assert here(ONE, tmp_path / "other", "grid.widenings=[1]", str(copy)) == 2
+    assert "optim.gamma: 0.2 there, 0.1 here" in capsys.readouterr().err
+
+
+def test_a_run_whose_folder_was_renamed_is_called_as_it_is_now(here, tmp_path, capsys):
+    here(ONE, tmp_path, "grid.widenings=[1]")
+    (tmp_path / FOLDER).rename(tmp_path / "best")
+
+    assert here(ONE, tmp_path, "grid.widenings=[1]") == 2
+    assert f"best and {FOLDER} are of one cell" in capsys.readouterr().err
+
+
+def test_what_another_command_has_finished_meanwhile_is_measured(here, tmp_path):
+    Here.overtaken = ["loader.threads=1"]
+
+    assert here(ONE, tmp_path, "grid.widenings=[1]") == 0
+    assert Here.asked == [f"train {FOLDER}", f"linear {FOLDER}"]
+
+
+def test_what_another_command_has_finished_otherwise_is_a_failure(here, tmp_path, capsys):
+    Here.overtaken = ["optim.lr=0.9"]
+
+    assert here(ONE, tmp_path, "grid.widenings=[1]") == 1
+    assert "train.py ended with 2: error:" in capsys.readouterr().out
+
+
+def test_a_finished_run_without_its_recipe_is_named_where_it_is_asked_for(here, tmp_path, capsys):
+    here(ONE, tmp_path, "grid.widenings=[1]")
+    (tmp_path / FOLDER / "recipe.yaml").unlink()
+    capsys.readouterr()
+
+    assert here(ONE, tmp_path, "grid.widenings=[1]") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{FOLDER} holds a finished run without its recipe.yaml: name another folder" in line
+
+
+@pytest.mark.parametrize("text", [None, "", "[]", "train: 3", "a: [", "model: {}"])
+def test_other_runs_without_a_recipe_are_left_out_of_the_table(here, tmp_path, capsys, text):
+    here(ONE, tmp_path, "grid.widenings=[1]")
+    recipe = tmp_path / FOLDER / "recipe.yaml"
+    recipe.unlink() if text is None else recipe.write_text(text)
+    capsys.readouterr()
+
+    assert here(ROTATION[1:], tmp_path, "grid.widenings=[1]") == 0
+    assert capsys.readouterr().out.count(": left out of the table") == 1  # not after every run
+    assert table_of(tmp_path)["RevNet50"]["Rotation 1x"] == ""
+
+
+def entry(**changed):
+    """A measurement file of the run in `here`, with one thing changed."""
+
+    def change(text):
+        ((name, found),) = json.loads(text).items()
+        return json.dumps({name: {**found, **changed}})
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda _: "",
+        lambda _: "[]",
+        lambda text: text[:30],
+        lambda text: json.dumps({name: [] for name in json.loads(text)}),
+        lambda text: text.replace('"accuracy"', '"acc"'),
+        lambda text: text.replace('"weights"', '"weight"'),
+        entry(accuracy=float("nan")),
+        entry(accuracy=None),
+        entry(weights=1),
+    ],
+)
+def test_a_damaged_measurement_is_told_and_made_again(here, tmp_path, capsys, damage):
+    here(ONE, tmp_path, "grid.widenings=[1]")
+    kept = tmp_path / FOLDER / "grid.json"
+    whole = kept.read_text()
+    kept.write_text(damage(whole))
+    capsys.readouterr()
+
+    assert here(ONE, tmp_path, "grid.widenings=[1]") == 0
+    assert capsys.readouterr().out.count(f"{kept} can't be read") == 1
+    assert Here.asked == [f"linear {FOLDER}"]
+    assert json.loads(kept.read_text()) == json.loads(whole)
+
+
+@pytest.mark.parametrize("accuracy", [float("nan"), float("inf"), None])
+def test_an_accuracy_that_is_no_number_is_a_failure(here, tmp_path, capsys, accuracy):
+    Here.accuracy["rotation_revnet50"] = accuracy
+
+    assert here(ONE, tmp_path, "grid.widenings=[1]") == 1
+    assert f"evaluate.py linear found an accuracy of {accuracy}" in capsys.readouterr().out
+    assert not (tmp_path / FOLDER / "grid.json").exists()
+    table = (tmp_path / "table.json").read_text()
+    assert json.loads(table, parse_constant=pytest.fail)["runs"] == []
+
+
+def test_a_probe_that_writes_nothing_is_a_failure_whatever_was_measured_before(
+    here, tmp_path, capsys
+):
+    here(ONE, tmp_path, "grid.widenings=[1]")
+    Here.passed, Here.mute = "memory_gb=3", True
+
+    assert here(ONE, tmp_path, "grid.widenings=[1]") == 1
+    assert f"wrote no accuracy to {tmp_path / FOLDER}/metrics" in capsys.readouterr().out
+
+
+def test_the_table_says_whose_failures_it_has(here, tmp_path):
+    Here.broken = {"rotation_resnet50v1"}
+    here(ROTATION, tmp_path, "grid.widenings=[1]")
+
+    assert "\nFailed in the last command:\n" in (tmp_path / "table.md").read_text()
+
+
+def test_measurements_of_earlier_versions_are_known(here, tmp_path):
+    here(ONE, tmp_path, "grid.widenings=[1]")
+    images = "built-in images, settings of the recipes' demo sections"
+    arguments = ["features.stages=[last]", "linear.memory_gb=2"]
+
+    name = measuring.fingerprint(["linear", arguments, images])
+    assert list(json.loads((tmp_path / FOLDER / "grid.json").read_text())) == [name]
+    told = ["linear", ["features.stages=[last]", "linear.l2=0.001", "linear.updates=60"], images]
+    assert measuring.fingerprint(told) == "05eff3392d0bab23"
+
+
 def test_ranks_are_compared_with_k19_and_between_tasks(here, tmp_path):
     here([*ROTATION, *JIGSAW, "jigsaw_vgg19"], tmp_path, "grid.widenings=[1]")
     (rotation, jigsaw, both) = json.loads((tmp_path / "table.json").read_text())["rank_agreement"]
@@ -451,7 +629,8 @@ def test_spearman_is_scipys(seed):
 
 def test_without_an_order_there_is_no_rank_correlation(tmp_path):
     assert grid_table.spearman([1, 1, 1], [1, 2, 3]) is None
-    runs = [Run(name, Cell(name, "Jigsaw", 4), 0, 0.1, 1, {}) for name in k19_table.NETWORKS]
+    values = {"train": {"epochs": 1}, "backbone": {}}
+    runs = [Run(name, Cell(name, "Jigsaw", 4), 0, 0.1, values) for name in k19_table.NETWORKS]
     text = grid_table.write(tmp_path, runs, About("knn", (), "images", 0.1), {})
 
     assert "Jigsaw 4x and K19's Jigsaw 4x: no order on one side (6 networks)" in text

@@ -128,6 +128,17 @@ def test_the_head_has_the_numbers_of_table_1(task, network):
     assert re.findall(r"\d+\.\d", head(task, network, "numbers")) == expected
 
 
+@pytest.mark.parametrize(("task", "network"), ALL)
+def test_the_head_s_commands_train_and_evaluate_on_the_same_images(task, network):
+    name = f"{task}_{network}"
+
+    assert head(task, network, "command") == (
+        f"accelerate launch fastssl/train.py recipes/revisiting/{name}.yaml \\ "
+        "data.root=/data/imagenet/train backbone.widening=8 "
+        f"python -m fastssl.evaluate linear runs/{name} \\ data.root=/data/imagenet"
+    )
+
+
 @functools.cache
 def counted(network: str, size: int) -> list[tuple[float, float]]:
     """GMACs of one frame of size x size, and million parameters, at K19's four widths."""

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastssl import backbone_file, config, evaluate, journal, sweeping
+from fastssl import backbone_file, config, evaluate, journal, measuring, sweeping
 from fastssl.config import RecipeError
 from fastssl.evaluations import sweep
 from fastssl.sweeping import Outcome, Runner
@@ -290,6 +290,119 @@ def test_a_linear_probe_is_of_the_weights_that_are_there_and_once_of_each(
     known, others = sweeping.measured(out), ["linear.updates=4", probed[-1]]
     assert sweep._linear(points[0], Here(), others, known)[0] is not None
     assert (Here.asked, len(known)) == ([folders[0]], 4 + 2 + 1 + 1)
+
+
+class Overtaken(Runner):
+    """As train.py where another command has just finished the run."""
+
+    def __init__(self, finished):
+        super().__init__()
+        self._finished = finished
+
+    def run(self, module, arguments, *, processes, log=None):
+        assert (module, processes, log) == ("fastssl.train", 2, None)
+        finish(self._finished, 0)
+        return 2, "error: holds a finished run"
+
+
+def test_what_another_command_has_finished_meanwhile_is_taken_if_it_is_the_same(recipe, tmp_path):
+    keys = {"optim.lr": (0.1,)}
+    (point,) = plan(recipe, tmp_path, keys)
+    (same,) = plan(recipe, tmp_path, keys, overrides=["loader.threads=1"])
+    (other,) = plan(recipe, tmp_path, keys, overrides=["optim.momentum=0.5"])
+
+    assert sweeping.train(point, Overtaken(same), processes=2) == (0, "")
+    assert sweeping.train(point, Overtaken(other), processes=2)[0] == 2
+
+
+def test_a_finished_run_without_its_recipe_is_named(recipe, tmp_path):
+    (point,) = plan(recipe, tmp_path, {"optim.lr": (0.1,)})
+    finish(point, 0)
+    (point.folder / "recipe.yaml").unlink()
+
+    with pytest.raises(RecipeError, match=r"lr=0.1 holds a .* without its recipe.yaml: name an"):
+        plan(recipe, tmp_path, {"optim.lr": (0.1,)})
+
+
+def test_chance_is_of_all_classes_whatever_part_of_the_images_is_trained_on(recipe, few, tmp_path):
+    data = [f"data.root={few / 'train'}", "data.limit=2"]
+    (point,) = plan(recipe, tmp_path / "out", {"optim.lr": (0.1,)}, overrides=data)
+
+    assert point.recipe.data.options.limit == 2
+    assert measuring.classes(point) == 4
+
+
+def test_an_accuracy_that_is_no_number_is_none(recipe, tmp_path):
+    (point,) = plan(recipe, tmp_path, {"optim.lr": (0.1,)})
+    lines = [
+        {"step": 0, "probe": "knn", "accuracy": 0.5},
+        {"step": 2, "loss": float("nan"), "accuracy": float("nan")},
+        {"step": 2, "probe": "knn", "accuracy": float("nan")},
+    ]
+    point.folder.mkdir()
+    (point.folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+
+    assert sweeping.knn(point) == (None, 0.5)
+    assert sweeping.pretext(point) is None
+
+
+SPEAKS = r"""
+import sys, time
+from pathlib import Path
+
+print("warning: heard?", file=sys.stderr, flush=True)
+for _ in range(3000):
+    if Path(sys.argv[1]).exists():
+        break
+    time.sleep(0.01)
+else:
+    sys.exit("nobody heard it")
+print("error: gr\u00fc\u00dfe", "and more", sep="\n", file=sys.stderr)
+sys.exit(3)
+"""
+
+
+class Heard:
+    """Standard error that makes a file when it hears of a warning, and then has no terminal."""
+
+    def __init__(self, file):
+        self.file, self.text = file, ""
+
+    def write(self, text):
+        self.text += text
+        if "heard?" in self.text:
+            self.file.touch()
+
+    def flush(self):
+        if self.file.exists():
+            raise BrokenPipeError
+
+
+@pytest.fixture
+def speaks(tmp_path, monkeypatch):
+    """A module that says something, waits for the file that it is given, and ends with 3."""
+    (tmp_path / "speaks.py").write_text(SPEAKS)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONIOENCODING", "utf-8")
+    return "speaks"
+
+
+def test_what_a_process_says_is_heard_while_it_runs(speaks, tmp_path, monkeypatch):
+    heard = Heard(tmp_path / "heard")
+    monkeypatch.setattr(sys, "stderr", heard)
+    ended = Runner().run(speaks, [str(heard.file)], processes=1)
+
+    assert ended == (3, "error: gr\u00fc\u00dfe")
+    assert heard.text.splitlines() == ["warning: heard?", "error: gr\u00fc\u00dfe", "and more"]
+
+
+def test_what_a_process_says_to_a_file_is_told_too(speaks, tmp_path):
+    (tmp_path / "heard").touch()
+    log = tmp_path / "log"
+    ended = Runner().run(speaks, [str(tmp_path / "heard")], processes=1, log=log)
+
+    assert ended == (3, "error: gr\u00fc\u00dfe")
+    assert log.read_text(encoding="utf-8").splitlines()[-1] == "and more"
 
 
 def test_help_lists_what_a_sweep_takes():
