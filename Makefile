@@ -11,6 +11,8 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3.10 pyth
 	$$python -c '' 2>/dev/null && echo $$python && break; done)
 # of the demo: 1 is one GPU, or the CPU
 PROCESSES ?= 1
+# of the tests: each takes 2 GB and a core
+WORKERS ?= 2
 DATA ?=
 ARGS ?=
 
@@ -27,7 +29,8 @@ demo: $(VENV)/.installed ## Pretrain and probe on the built-in images: no data, 
 		fastssl/train.py recipes/pirl_jigsaw.yaml train.out=runs/demo $(ARGS)
 
 test: $(VENV)/.installed ## Run the tests; `make test ARGS="-k memory"` runs some
-	$(VENV)/bin/python -m pytest $(ARGS)
+	@# a file's tests share what they have trained: they stay together
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
 
 check: check-form check-types check-imports check-wheel ## Check form, types, imports and the wheel
 
