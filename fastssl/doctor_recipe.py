@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastssl import config, demo, loader, machine, optim, order, run_folder
+from fastssl import config, demo, loader, machine, optim, order, run_folder, trained
 from fastssl.config import Recipe
 from fastssl.doctor import Line, guarded
 from fastssl.loader import DataError, Loader, output_names, threads_per_process
@@ -281,7 +281,7 @@ def _steps(
     torch.manual_seed(recipe.train.seed)
     try:
         objective: Any = recipe.objective.module.Objective(
-            recipe.backbone.module.backbone(recipe.backbone.options),
+            trained.fresh(recipe.backbone.module, recipe.backbone.options),
             recipe.objective.options,
             images=len(samples),
             classes=recipe.pipeline.options.classes,

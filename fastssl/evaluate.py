@@ -35,7 +35,7 @@ from accelerate.utils import set_seed
 from rich.console import Console
 from rich.table import Table as Printed
 
-from fastssl import config, demo, distributed, features, launcher, loader, starting, trained
+from fastssl import demo, distributed, features, launcher, loader, starting, trained
 from fastssl.config import Part, RecipeError
 from fastssl.evaluation_task import Cell, Table, Task
 from fastssl.recipe_check import Schema, check, make, schema_of_part, schema_of_settings
@@ -143,11 +143,11 @@ def evaluate(what: str, arguments: Sequence[str], until_the_end: contextlib.Exit
         trained.load(
             name,
             seed=options.seed,
-            backbone=settings["backbone"],
+            backbone=backbone,
             ignore=settings["weights"].ignore,
             data_root=None if is_demo else reader.options.root,
         )
-        for name in names
+        for name, backbone in zip(names, settings["backbone"], strict=True)
     )
     graphs = [_graph(run, settings["evaluation"]) for run in runs]
     outs = tuple(_out(options, run, runs) for run in runs)
@@ -249,7 +249,9 @@ def _known() -> str:
 
 
 def _read(what: str, module: Any, arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """The RUNs, and every section's options; `data` with whether it is the built-in images.
+    """The RUNs, and every section's options.
+
+    `data` comes with whether it is the built-in images, `backbone` once for each RUN.
 
     Raises:
         RecipeError: all mistakes found, one a line.
@@ -272,7 +274,11 @@ def _read(what: str, module: Any, arguments: Sequence[str]) -> tuple[list[str], 
         values = check(entries[section], schema, errors)
         made[section] = make("command line", section, schema, entries[section], values, errors)
     made["data"] = _data(entries["data"], errors)
-    made["backbone"] = _backbone(entries["backbone"], errors)
+    reader, is_demo = made["data"]
+    root = None if is_demo or reader is None else reader.options.root
+    made["backbone"] = [
+        trained.read_backbone(name, entries["backbone"], errors, data_root=root) for name in names
+    ]
     if not names:
         errors.append(f"{what}: no RUN; {trained.WAYS}")
     places = [os.path.realpath(os.path.expanduser(name)) for name in names]
@@ -300,20 +306,6 @@ def _data(entries: dict[str, Entry], errors: list[str]) -> tuple[Part | None, bo
     values = check(entries, schema, errors)
     made = make("command line", "data", schema, entries, values, errors)
     return None if made is None else _part(schema, made), is_demo
-
-
-def _backbone(entries: dict[str, Entry], errors: list[str]) -> dict[str, Any]:
-    """What backbone.* says, type by type; trained.load says what it is good for."""
-    if not entries:
-        return {}
-    use = entries.get("use") or _entry("backbone.use", trained.RESNET)
-    try:
-        schema = schema_of_part("backbone", use, *config.PARTS["backbone"])
-    except ValueError as error:
-        errors.append(f"{use.place}: {error}")
-        return {}
-    values = check(entries, schema, errors)
-    return {**({"use": schema.name} if "use" in entries else {}), **values}
 
 
 def _graph(run: Trained, entries: dict[str, Entry]) -> Part:
@@ -390,7 +382,8 @@ def _help_of(module: Any, what: str) -> str:
     lines += [
         "  data.root=PATH                 train/<class>/ and val/<class>/; data.* of the reader",
         "  evaluation.KEY=VALUE           of the evaluation graph, such as evaluation.crop=96",
-        "  backbone.KEY=VALUE             of a lone .safetensors, such as backbone.name=resnet50",
+        "  backbone.KEY=VALUE             of a lone .safetensors (backbone.name=resnet50) or",
+        "                                 of random:NAME (backbone.widening=1)",
     ]
     return "\n".join(lines)
 

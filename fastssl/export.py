@@ -4,7 +4,8 @@
         [--out FOLDER] [backbone.key=value ...] [weights.ignore=[key,...]]
 
 RUN is a run folder or what else fastssl/evaluate.py takes; backbone.* says which network a lone
-.safetensors is of. FOLDER: exports/NAME-FORMAT, beside the run's other files for a run folder.
+.safetensors is of, and says more of random:NAME. FOLDER: exports/NAME-FORMAT, beside the run's
+other files for a run folder.
 Exit codes: 0 done, 1 the other side gives other features, or a file can't be read or written,
 2 a mistake in the input.
 """
@@ -20,12 +21,10 @@ if not __package__:  # run as a script: let imports start at the checkout, not i
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in train.py; before torch is imported
 
-import yaml
-
 from fastssl import export_formats, launcher, starting, trained
-from fastssl.config import PARTS, RecipeError
-from fastssl.recipe_check import check, schema_of_part, schema_of_settings
-from fastssl.recipe_text import Entry, read_overrides
+from fastssl.config import RecipeError
+from fastssl.recipe_check import check, schema_of_settings
+from fastssl.recipe_text import read_overrides
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -41,7 +40,7 @@ def main(arguments: Sequence[str]) -> int:
     if starting.environment("RANK", 0) != 0:
         return 0  # nothing that several processes could share
     try:
-        backbone, ignore = _overrides(given.overrides)
+        backbone, ignore = _overrides(given.run, given.overrides)
         loaded = trained.load(given.run, backbone=backbone, ignore=ignore)
         export_formats.export_to(loaded, given.to, given.out, say=starting.say)
     except (export_formats.Mismatch, OSError) as error:
@@ -53,17 +52,12 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _overrides(texts: Sequence[str]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """What backbone.* and weights.ignore say, key by key as the backbone's Options take it."""
+def _overrides(run: str, texts: Sequence[str]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """What backbone.* and weights.ignore say, as trained.load takes them."""
     errors: list[str] = []
     layer = read_overrides(texts, ("backbone", "weights"), errors)
     ignore = check(layer["weights"], schema_of_settings("weights", trained.Weights), errors)
-    entries, network = layer["backbone"], {}
-    if entries:
-        node = yaml.ScalarNode("tag:yaml.org,2002:str", "fastssl.backbones.resnet")
-        use = entries.get("use") or Entry(node, "backbone.use", "default")
-        schema = schema_of_part("backbone", use, *PARTS["backbone"])
-        network = {"use": schema.name, **check(entries, schema, errors)}
+    network = trained.read_backbone(run, layer["backbone"], errors)
     if errors:
         raise RecipeError("\n".join(errors))
     return network, ignore.get("ignore", ())

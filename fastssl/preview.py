@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastssl import config, demo, order, pictures
+from fastssl import config, demo, order, pictures, trained
 from fastssl.config import Part, Recipe
 from fastssl.loader import Loader, output_names
 from fastssl.page import Batch, page
@@ -178,7 +178,7 @@ def _run_objective(
     """The pixels that the backbone is given, call by call, and the objective's metrics."""
     inputs: list[np.ndarray] = []
     torch.manual_seed(seed)
-    backbone = recipe.backbone.module.backbone(recipe.backbone.options)
+    backbone = trained.fresh(recipe.backbone.module, recipe.backbone.options)
     objective = recipe.objective.module.Objective(
         Recorder(backbone, lambda x: inputs.append(_denormalized(x, backbone.normalization))),
         recipe.objective.options,

@@ -51,6 +51,7 @@ from fastssl import (
     run_folder,
     starting,
     stopping,
+    trained,
     weights,
 )
 from fastssl.config import Recipe
@@ -196,7 +197,7 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
         say("probe: none (probe.root names a folder with train/<class>/ and val/<class>/)")
     # ---- Model, as yet on the CPU ---------------------------------------------------------------
     set_seed(options.seed)  # the same weights on every process
-    backbone = recipe.backbone.module.backbone(recipe.backbone.options)
+    backbone = trained.fresh(recipe.backbone.module, recipe.backbone.options)
     if options.weights is not None:  # in place of the random ones, so that the head's stay the same
         fingerprint["train.weights"] = weights.load_into(
             backbone, options.weights, recipe.values["backbone"]

@@ -13,24 +13,33 @@ import hashlib
 import importlib
 import json
 import pkgutil
+from collections.abc import Collection
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
+import yaml
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fastssl import backbone_file, backbones, config, representation
 from fastssl.config import RecipeError
 from fastssl.patch_network import Standardization
-from fastssl.recipe_text import did_you_mean
+from fastssl.recipe_check import check, schema_of_part
+from fastssl.recipe_text import Entry, did_you_mean, value
 
 RESNET, NAMED = "fastssl.backbones.resnet", "fastssl.backbones.named"
 GRAPH = "pipelines.evaluation"  # where nothing says how images were prepared
 _CARD = "backbone.json"
+# How torch says that a tensor has no place, on a CPU, and with a number of bytes beyond 64 bits.
+_NO_PLACE = (
+    "can't allocate memory",
+    "Storage size calculation overflowed",
+    "Overflow when unpacking long",
+)
 
 
 @dataclass(frozen=True)
@@ -102,6 +111,71 @@ def load(
     if ignore:
         raise RecipeError(f"weights.ignore: {run} is no .safetensors file: leave it out")
     return trained
+
+
+def read_backbone(
+    run: str, entries: dict[str, Entry], errors: list[str], *, data_root: str | None = None
+) -> dict[str, Any]:
+    """What backbone.* of a command line says, checked against the Options of the network of `run`.
+
+    Args:
+        run: as `load` takes it.
+        entries: key by key as they were written.
+        errors: mistakes found are added.
+        data_root: as `load` takes it.
+
+    Returns:
+        What `load` takes for `backbone`.
+    """
+    kind, colon, name = run.partition(":")
+    is_random = bool(colon) and kind == "random"
+    if not is_random and Path(run).suffix != ".safetensors":
+        return {key: value(entry.node) for key, entry in entries.items()}  # for load to refuse
+    if not entries:
+        return {}
+    use = entries.get("use")
+    try:
+        if use is None:
+            dotted = _origin(run, name, entries, None, data_root).use if is_random else RESNET
+            node = yaml.ScalarNode("tag:yaml.org,2002:str", dotted, style="'")
+            use = Entry(node, "backbone.use", "command line")
+    except ValueError as error:  # of RUN
+        errors.append(str(error))
+        return {}
+    try:
+        schema = schema_of_part("backbone", use, *config.PARTS["backbone"])
+    except ValueError as error:
+        errors.append(f"{use.place}: {error}")
+        return {}
+    given = {"use": schema.name} if "use" in entries else {}
+    return {**given, **check(entries, schema, errors)}
+
+
+def fresh(module: ModuleType, options: Any) -> nn.Module:
+    """A backbone with random weights, on the CPU.
+
+    Args:
+        module: a file of fastssl.backbones, or the like.
+        options: its Options.
+
+    Raises:
+        RecipeError: it is too large for the memory of this machine.
+        ValueError: the module refuses the options.
+    """
+    try:
+        return module.backbone(options)
+    except (RuntimeError, TypeError, MemoryError) as error:  # torch has no class for the CPU's
+        told = " ".join(str(error).split())
+        if not isinstance(error, MemoryError) and not any(each in told for each in _NO_PLACE):
+            raise
+        usual = {each.name: each.default for each in fields(options)}
+        changed = ", ".join(
+            f"{key} {each}" for key, each in asdict(options).items() if each != usual[key]
+        )
+        raise RecipeError(
+            f"backbone: the network ({changed or module.__name__}) does not fit the memory of this "
+            "machine: make it smaller"
+        ) from error
 
 
 WAYS = (
@@ -213,46 +287,88 @@ def _random(
     run: str, name: str, seed: int, given: dict[str, Any], data_root: str | None
 ) -> Trained:
     """Fresh weights; `run` is its name in tables."""
+    origin = _origin(run, name, given, given.pop("use", None), data_root)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        backbone, options = _build(origin.use, {**origin.options, **given})
+    return _without_card(
+        origin.name, backbone, origin.use, options, origin.preprocessing, origin.standardize
+    )
+
+
+class _Origin(NamedTuple):
+    """What random:NAME names."""
+
+    name: str  # in tables
+    use: str
+    options: dict[str, Any]
+    preprocessing: tuple[str, dict[str, Any]] = (GRAPH, {})
+    standardize: Standardization = "global"
+
+
+def _origin(
+    run: str, name: str, keys: Collection[str], use: str | None, data_root: str | None
+) -> _Origin:
+    """The network that `name` of random:NAME stands for.
+
+    Args:
+        run: all of it, for messages.
+        name: behind the colon.
+        keys: that backbone.* gives.
+        use: what backbone.use gives.
+        data_root: without it a recipe's demo section holds.
+    """
     path = Path(name).expanduser()
-    standardize, preprocessing = "global", (GRAPH, {})
     if not name:
         raise RecipeError(f"{run} names no network: write for example random:resnet50")
     if path.suffix in (".yaml", ".yml"):
         root = () if data_root is None else (f"data.root={json.dumps(data_root)}",)
         recipe = config.load(path, root)
-        use, options = recipe.backbone.use, asdict(recipe.backbone.options)
-        standardize = representation.standardization(recipe.values)
-        preprocessing = (recipe.evaluation.use, asdict(recipe.evaluation.options))
-        run = f"random:{recipe.name}"
+        found = _Origin(
+            f"random:{recipe.name}",
+            recipe.backbone.use,
+            asdict(recipe.backbone.options),
+            (recipe.evaluation.use, asdict(recipe.evaluation.options)),
+            representation.standardization(recipe.values),
+        )
     elif path.is_dir() or path.name == _CARD:
         folder = path if path.is_dir() else path.parent
         card = backbone_file.read_card(folder / _CARD)
-        use, options = card["backbone"]["use"], card["backbone"]["options"]
-        standardize = representation.standardization(card.get("recipe"))
         described = card.get("preprocessing", {})
-        preprocessing = (described.get("use", GRAPH), described.get("options", {}))
-        run = f"random:{folder.resolve().name}"
+        found = _Origin(
+            f"random:{folder.resolve().name}",
+            card["backbone"]["use"],
+            card["backbone"]["options"],
+            (described.get("use", GRAPH), described.get("options", {})),
+            representation.standardization(card.get("recipe")),
+        )
     elif "/" in name:
         raise RecipeError(f"{run}: there is no {path}")
     else:
-        use, options = _fresh(run, name, given)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        backbone, options = _build(use, {**options, **given})
-    return _without_card(run, backbone, use, options, preprocessing, standardize)
+        return _Origin(run, *_by_name(run, name, keys, use))
+    if use is not None:
+        raise RecipeError(f"backbone.use: {run} says itself which network it is: leave it out")
+    return found
 
 
-def _fresh(run: str, name: str, given: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The module and first option of random:NAME; takes `use` out of what is given."""
-    if "use" in given:
-        return given.pop("use"), {"name": name}
+def _by_name(
+    run: str, name: str, keys: Collection[str], use: str | None
+) -> tuple[str, dict[str, Any]]:
+    """The module and first option of a network's or a file's name."""
+    if use is not None:
+        file = use.rpartition(".")[2]
+        if name == file:
+            return use, {}
+        if "name" in {each.name for each in fields(_import(use).Options)}:
+            return use, {"name": name}
+        raise RecipeError(f"{run}: {use} holds one network only: write random:{file}")
     if name.partition(":")[0] in ("torchvision", "timm"):
         return NAMED, {"name": name}
     files = [each.name for each in pkgutil.iter_modules(backbones.__path__)]
-    if name in files and "name" not in given:
+    if name in files:
         module = importlib.import_module(f"{backbones.__name__}.{name}")
         required = [each.name for each in fields(module.Options) if each.default is MISSING]
-        if required:
+        if not set(required) <= set(keys):
             raise RecipeError(f"{run}: that file holds many networks: give one, as random:resnet50")
         return module.__name__, {}
     near = did_you_mean(name, [*files, *_import(RESNET).NAMES], "random:")
@@ -326,7 +442,7 @@ def _build(use: str, options: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]
         made = module.Options(**arguments)
     except (TypeError, ValueError) as error:
         raise RecipeError(f"{use}: {error}") from error
-    return module.backbone(made), asdict(made)
+    return fresh(module, made), asdict(made)
 
 
 def _import(use: str) -> ModuleType:

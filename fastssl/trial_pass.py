@@ -1,5 +1,7 @@
-"""What passes over a blank image tell of a network: the least size it takes, and its blocks."""
+"""What a pass tells of a network: whether images are too small for it, and its blocks."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -7,6 +9,7 @@ from torch import Tensor, nn
 
 ANY = 64  # pixels a side that nearly every network of more than one size takes
 WEIGHTS = 8  # layers with weights that a block has at most; a residual block has two to six
+FAILURES = (RuntimeError, ValueError, AssertionError)  # on small images: each library has its own
 _STRIDED = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
 _LISTS = (nn.Sequential, nn.ModuleList)
 _WEIGHTED = (nn.Conv2d, nn.Linear)
@@ -23,14 +26,46 @@ def least_side(network: nn.Module, usual: int) -> int:
         usual: pixels a side that it was made for.
     """
     below, least = 0, ANY
-    if not _takes(network, ANY):
-        if not _takes(network, usual):
+    if not takes(network, ANY):
+        if not takes(network, usual):
             return 1
         below, least = ANY, usual
     while least - below > 1:
         middle = (below + least) // 2
-        below, least = (below, middle) if _takes(network, middle) else (middle, least)
+        below, least = (below, middle) if takes(network, middle) else (middle, least)
     return least
+
+
+def takes(network: nn.Module, side: int) -> bool:
+    """Whether a blank image of `side` pixels is not too small; the network is left as it was."""
+    try:
+        with starved_strides(network) as starved:
+            _run(network, side)
+    except FAILURES:
+        return False
+    return not starved
+
+
+@contextlib.contextmanager
+def starved_strides(network: nn.Module) -> Iterator[list[nn.Module]]:
+    """The layers that, within, were given less than two pixels to make one of."""
+    starved: list[nn.Module] = []
+
+    def look(module: nn.Module, given: tuple[Tensor, ...]) -> None:
+        if min(given[0].shape[2:]) < 2:
+            starved.append(module)
+
+    # Hooks for this pass only.
+    handles = [
+        each.register_forward_pre_hook(look)
+        for each in network.modules()
+        if isinstance(each, _STRIDED) and each.stride not in (1, (1, 1))
+    ]
+    try:
+        yield starved
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def blocks(network: nn.Module, side: int) -> list[str]:
@@ -78,37 +113,14 @@ def blocks(network: nn.Module, side: int) -> list[str]:
     return within(network, "", is_member=False)
 
 
-def _takes(network: nn.Module, side: int) -> bool:
-    starved: list[nn.Module] = []
-
-    def look(module: nn.Module, given: tuple[Tensor, ...]) -> None:
-        if min(given[0].shape[2:]) < 2:
-            starved.append(module)
-
-    # Hooks for this pass only.
-    handles = [
-        each.register_forward_pre_hook(look)
-        for each in network.modules()
-        if isinstance(each, _STRIDED) and each.stride not in (1, (1, 1))
-    ]
-    try:
-        _run(network, side)
-    except (RuntimeError, ValueError, AssertionError):  # each library has its own
-        return False
-    finally:
-        for handle in handles:
-            handle.remove()
-    return not starved
-
-
 def _run(network: nn.Module, side: int) -> None:
     """In eval mode, so that neither running statistics nor random numbers move."""
-    device = next(network.parameters()).device
+    weight = next(network.parameters())
     modes = [(each, each.training) for each in network.modules()]
     network.eval()
     try:
         with torch.no_grad():
-            network(torch.zeros(1, 3, side, side, device=device))
+            network(torch.zeros(1, 3, side, side, device=weight.device, dtype=weight.dtype))
     finally:
         for module, mode in modes:
             module.training = mode

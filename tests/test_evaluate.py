@@ -18,6 +18,7 @@ from fastssl.loader import DataError
 from fastssl.reporting import probes
 from tests import few_images
 
+VGG = "fastssl.backbones.vgg"
 SMALL = ["evaluation.resize=36", "evaluation.crop=32", "loader.threads=1", "features.batch=4"]
 
 
@@ -239,6 +240,35 @@ def test_a_folder_that_can_t_be_made_costs_a_warning_and_not_the_table(data, tmp
     assert any("random:resnet10 " in text for text in printed.splitlines())
 
 
+@pytest.mark.parametrize(
+    ("network", "options"),
+    [
+        ("random:vgg", ["backbone.image_size=32", "backbone.widening=1"]),
+        ("random:vgg", ["backbone.image_size=32", "backbone.widening=1", f"backbone.use={VGG}"]),
+        ("random:revnet", ["backbone.last_relu=false", "backbone.widening=1"]),
+        ("random:nin", ["backbone.blocks=3"]),
+        ("random:timm:vit_tiny_patch16_224", ["backbone.image_size=32"]),
+    ],
+)
+def test_options_of_a_fresh_network_are_those_of_its_own_file(
+    data, tmp_path, capsys, monkeypatch, network, options
+):
+    monkeypatch.chdir(tmp_path)
+    code = evaluate.main(command(data, tmp_path, network, *options))
+    said = capsys.readouterr()
+
+    assert (code, said.err) == (0, "")
+    assert any(f"\u2502 {network} " in text for text in said.out.splitlines())
+
+
+def test_options_of_a_fresh_network_of_a_run_are_those_of_its_file(data, run, tmp_path, capsys):
+    out = f"evaluate.out={tmp_path / 'out'}"
+    wider = command(data, tmp_path, f"random:{run}", "backbone.width=12", out)
+    assert evaluate.main(wider) == 0
+    assert evaluate.main([*wider, "backbone.stem=small"]) == 2
+    assert "backbone.stem: unknown key" in capsys.readouterr().err
+
+
 def test_several_runs_are_rows_of_one_table(data, run, recipe, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert evaluate.main(command(data, tmp_path, str(run), f"random:{recipe}", "seed=1")) == 0
@@ -312,6 +342,17 @@ def test_fractions_are_printed_in_per_cent_and_other_numbers_as_they_are(capsys)
         (["knn", "random:resnet10", "evaluate.precision=fp16"], "precision (fp16) needs a GPU"),
         (["knn", "random:resnet10", "backbone.width=x"], "backbone.width: expected int"),
         (["knn", "random:resnet10", "data.use=json"], "json has no Options"),
+        (["knn", "random:vgg", "backbone.stem=smal"], "expected one of 'standard', 'small'"),
+        (["knn", "random:nin", "backbone.stem=small"], "backbone.stem: unknown key"),
+        (["knn", "random:vgg", "random:nin", "backbone.widening=1"], "backbone.widening: unknown"),
+        (
+            ["knn", "random:revnt", "backbone.widening=1"],
+            "no network; did you mean 'random:revnet'",
+        ),
+        (
+            ["knn", "random:vgg", "backbone.widening=1000000000"],
+            "does not fit the memory of this mach",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_and_2(arguments, message, capsys):

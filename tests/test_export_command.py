@@ -50,11 +50,32 @@ def test_a_lone_file_of_torchvisions_weights_is_exported_when_its_network_is_nam
 
 
 @pytest.mark.parametrize(
+    ("network", "texts", "options"),
+    [
+        ("random:vgg", ["image_size=32", "widening=1"], {"image_size": 32, "widening": 1}),
+        ("random:revnet", ["last_relu=false", "widening=1"], {"last_relu": False, "widening": 1}),
+        ("random:nin", ["use=fastssl.backbones.nin", "blocks=3"], {"blocks": 3}),
+    ],
+)
+def test_options_of_a_fresh_network_are_those_of_its_own_file(
+    network, texts, options, monkeypatch, capsys
+):
+    exported = []
+    monkeypatch.setattr(export_formats, "export_to", lambda run, *_, **__: exported.append(run))
+    code = export.main([network, "--to", "onnx", *(f"backbone.{each}" for each in texts)])
+
+    assert (code, capsys.readouterr().err) == (0, "")
+    assert exported[0].use == f"fastssl.backbones.{network.partition(':')[2]}"
+    assert options.items() <= exported[0].options.items()
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["nowhere", "--to", "onnx"], "nowhere"),
-        (["nowhere", "--to", "onnx", "backbone.nam=resnet18"], "did you mean 'name'"),
+        (["nowhere.safetensors", "--to", "onnx", "backbone.nam=resnet18"], "did you mean 'name'"),
         (["nowhere", "--to", "onnx", "weights.ignore=fc"], r"weights.ignore: expected a list of s"),
+        (["random:nin", "--to", "onnx", "backbone.stem=small"], "backbone.stem: unknown key"),
         (["nowhere", "--to", "onnx", "train.lr=1"], "unknown section 'train'"),
     ],
 )

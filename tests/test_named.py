@@ -10,8 +10,10 @@ import timm
 import torch
 import torchvision
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.feature_extraction import create_feature_extractor
 
+from fastssl import trial_pass
 from fastssl.backbones import named
 
 # of many kinds, none a ResNet: (pixels a side, features)
@@ -240,9 +242,46 @@ def test_images_that_are_too_small_are_one_line_with_the_least_size(name):
             network.network(small.float())
 
 
+@pytest.mark.parametrize("name", ["torchvision:resnet18", "timm:regnetx_002"])
+def test_a_network_computes_nothing_but_what_it_is_asked_for(name):
+    with FlopCounterMode(display=False) as built:
+        network = build(name)
+    x = pixels(32)
+    with FlopCounterMode(display=False) as bare:
+        network.network(x.float())
+    with FlopCounterMode(display=False) as first:
+        network(x)
+
+    assert built.get_total_flops() == 0
+    assert first.get_total_flops() == bare.get_total_flops() > 0
+
+
+def test_a_failure_for_another_reason_is_not_called_too_small():
+    network = build("torchvision:resnet18").train()  # batch norm over one value
+    x = pixels(32, 1)
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        network(x)
+
+
+def test_a_network_in_float64_finds_its_least_size_in_training_under_autocast():
+    for network in (build("torchvision:resnet18").double(), build("torchvision:resnet18")):
+        x = torch.zeros(4, 3, 16, 40, dtype=next(network.parameters()).dtype)
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=x.dtype == torch.float32),
+            pytest.raises(ValueError, match=r"16 x 40 pixels are too small .* need 17 pixels a si"),
+        ):
+            network.train()(x)
+
+
 def test_finding_the_least_size_leaves_no_trace():
     torch.manual_seed(0)
     network = named.backbone(named.Options(name="torchvision:resnet18"))
+    random = torch.get_rng_state()
+    twin = copy.deepcopy(network).requires_grad_(False)
+    network.pixels.least = trial_pass.least_side(network.network, 224)
+    assert network.pixels.least == 17
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(twin.state_dict()[k], v) for k, v in network.state_dict().items())
     torch.manual_seed(0)
     theirs = torchvision.models.resnet18()
     modules = list(network.modules())
@@ -369,8 +408,11 @@ def test_a_size_that_does_not_suit_the_network_is_refused():
     [
         ({"name": "resnet50"}, r"'resnet50'\) must be torchvision:NAME or timm:NAME"),
         ({"name": "timm:"}, r"must be torchvision:NAME or timm:NAME"),
-        ({"name": "torchvision:convnext_tinny"}, r"of torchvision; did you mean 'convnext_tiny'"),
-        ({"name": "timm:vit_tiny_patch16_225"}, r"did you mean .*'vit_tiny_patch16_224'"),
+        (
+            {"name": "torchvision:convnext_tinny"},
+            r"of torchvision; did you mean 'torchvision:convnext_tiny'",
+        ),
+        ({"name": "timm:vit_tiny_patch16_225"}, r"did you mean .*'timm:vit_tiny_patch16_224'"),
         ({"name": "torchvision:qqqq"}, r"of torchvision; it has \d+, among them alexnet"),
         ({"name": "timm:resnet18.a9"}, r"no weights 'a9' for resnet18; known: .*a1_in1k"),
         ({"name": "torchvision:resnet50.V9"}, r"known: IMAGENET1K_V1, IMAGENET1K_V2"),

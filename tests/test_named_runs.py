@@ -75,6 +75,20 @@ def test_images_of_a_size_that_the_network_refuses_are_told_before_anything_is_w
     assert not run.exists()
 
 
+def test_a_network_beyond_the_memory_is_told_before_anything_is_written(
+    data, checkout, tmp_path, capsys
+):
+    recipe = str(checkout / "recipes" / "revisiting" / "rotation_revnet50.yaml")
+    run = tmp_path / "run"
+    images = [f"data.root={data / 'train'}", f"train.out={run}", "train.batch=8"]
+    code = train.main([recipe, *images, "backbone.widening=100000000"])
+    last = capsys.readouterr().err.splitlines()[-1]
+
+    assert code == 2
+    assert last.startswith("error: backbone: the network (widening 100000000) does not fit the mem")
+    assert not run.exists()
+
+
 @pytest.mark.parametrize(("crop", "is_right"), [(24, False), (32, True)])
 def test_images_of_the_probe_are_rehearsed_too(crop, is_right, data, checkout):
     sizes = [f"evaluation.crop={crop}", f"data.root={data / 'train'}"]

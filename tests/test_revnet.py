@@ -248,7 +248,7 @@ def test_units_that_are_others_in_the_backward_pass_are_refused_not_wrong(how):
         loss = network(x).sum()
     if how == "weight":
         with torch.no_grad():
-            network.layer1[0].conv1.weight.add_(0.1)
+            dict(network.named_parameters())["layer1.0.conv1.weight"].add_(0.1)
     if how == "mode":
         network.eval()
 

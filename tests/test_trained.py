@@ -5,6 +5,7 @@ import importlib
 import json
 import shutil
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -250,6 +251,50 @@ def test_fresh_weights_of_any_file_and_of_a_library_s_network(run, given, use):
     assert not found.options.get("pretrained")
 
 
+@pytest.mark.parametrize(
+    ("run", "given", "message"),
+    [
+        (
+            "random:resnet10",
+            {"use": VGG},
+            r"resnet10: .*vgg holds one network only: .* random:vgg$",
+        ),
+        ("random:recipes/jigsaw.yaml", {"use": VGG}, r"backbone.use: .* says itself which network"),
+    ],
+)
+def test_another_file_than_the_run_s_is_refused(run, given, message, checkout, monkeypatch):
+    monkeypatch.chdir(checkout)
+    with pytest.raises(RecipeError, match=message):
+        trained.load(run, backbone=given)
+
+
+def test_a_file_of_many_networks_takes_the_name_of_one():
+    found = trained.load("random:resnet", backbone={"name": "resnet10", "width": 8})
+
+    assert (found.use, found.options["name"]) == (trained.RESNET, "resnet10")
+
+
+@pytest.mark.parametrize("widening", [10**8, 10**15, 10**21])
+def test_a_network_beyond_the_memory_is_one_line(widening):
+    with pytest.raises(RecipeError) as at:
+        trained.load("random:revnet", backbone={"widening": widening})
+
+    assert str(at.value) == (
+        f"backbone: the network (widening {widening}) does not fit the memory of this machine: "
+        "make it smaller"
+    )
+
+
+def test_other_faults_of_a_backbone_are_not_taken_for_too_little_memory():
+    def no_backbone(options):
+        raise RuntimeError(f"no {options.name}")
+
+    faulty = ModuleType("faulty")
+    vars(faulty)["backbone"] = no_backbone
+    with pytest.raises(RuntimeError, match="no resnet10"):
+        trained.fresh(faulty, resnet.Options(name="resnet10"))
+
+
 def test_fresh_weights_of_a_run_have_all_of_it_but_the_weights(finished):
     found, run = trained.load(f"random:{finished}"), trained.load(str(finished))
 
@@ -282,7 +327,7 @@ def test_fresh_weights_of_a_recipe_are_of_the_demo_only_without_data(checkout):
         ("random:revnt", r"random:revnt names no network; did you mean 'random:revnet'"),
         ("random:resnet", r"random:resnet: that file holds many networks: give one, as random:res"),
         ("random:qqqq", r"'qqqq'.* is no ResNet of torchvision; known: "),
-        ("random:timm:vit_tinny_patch16_224", r"no network of timm; did you mean 'vit_tiny_patch"),
+        ("random:timm:vit_tinny_patch16_224", r"no network of timm; did you mean 'timm:vit_tiny_p"),
         ("random:", "names no network"),
         ("random:runs/absent", "there is no runs/absent"),
         ("random:absent.yaml", "absent.yaml: No such file"),

@@ -6,10 +6,11 @@ Weights travel both ways: state_dict() has the library's own keys, less the clas
 import difflib
 import importlib
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torchvision
@@ -26,7 +27,7 @@ from torchvision.models import (
 )
 from torchvision.ops import Permute
 
-from fastssl import trial_pass
+from fastssl import network_keys, trial_pass
 from fastssl.pixels import Pixels
 from fastssl.recompute import checkpointed
 
@@ -37,6 +38,7 @@ SIZE_ARGUMENTS = {"vit": "image_size", "maxvit": "input_size"}
 # Their children are depths worth probing, and not they themselves.
 _BODIES = ("features", "layers", "trunk_output", "blocks", "encoder.layers")
 MIN_BLOCKS = 4  # with fewer, what is kept is about what a block needs
+_Result = TypeVar("_Result")
 _POOLING = (nn.AdaptiveAvgPool2d, nn.Dropout, nn.Flatten)
 
 
@@ -72,7 +74,9 @@ class Options:
         known = _names(library)
         architecture, _, weights = name.partition(".")
         if architecture not in known:
-            raise ValueError(f"name ({self.name!r}) is no network of {library}{_near(name, known)}")
+            raise ValueError(
+                f"name ({self.name!r}) is no network of {library}{_near(self.name, known)}"
+            )
         sets = _weights_of(library, architecture)
         if weights and weights not in sets:
             raise ValueError(
@@ -106,22 +110,23 @@ class Backbone(nn.Module):
         self.library = library
         self.network, self.dim, self.normalization, usual, is_fixed = made
         self.image_size = usual if is_fixed else None  # pixels a side; None: of any size
-        least = 1 if is_fixed else trial_pass.least_side(self.network, usual)
+        self._usual = usual
+        self._enough = 0 if is_fixed else usual  # pixels a side that are known not to be too few
         remedy = "or another network: fastssl.backbones.resnet with backbone.stem=small takes 5"
-        self.pixels = Pixels(*self.normalization, least=least, remedy=remedy)
+        # The least size is searched for when a smaller image fails: it takes several passes.
+        self.pixels = Pixels(*self.normalization, remedy=remedy)
         if options.activation_checkpointing:
-            side = usual if is_fixed else max(least, trial_pass.ANY)
-            _checkpoint_blocks(self.network, name, side)
-        self.register_state_dict_post_hook(_without_prefix)
-        self.register_load_state_dict_pre_hook(_with_prefix)
+            takes_any = not is_fixed and trial_pass.takes(self.network, trial_pass.ANY)
+            _checkpoint_blocks(self.network, name, trial_pass.ANY if takes_any else usual)
+        network_keys.as_of_network(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Features [B, dim] of `x` [B, 3, H, W]: uint8 in 0 ... 255, or normalised floats.
 
         Raises:
-            ValueError: the network takes images of another size only.
+            ValueError: the network takes images of another size only, or larger ones.
         """
-        return self.network(self._normalised(x))
+        return self._computed(self.network, x)
 
     def stages(self, x: Tensor) -> dict[str, Tensor]:
         """The output of every depth for `x` as forward takes it, first to last.
@@ -130,10 +135,33 @@ class Backbone(nn.Module):
         library's modules (a convolution stands for the norm, activation and pooling behind it
         too); pool: [B, dim], what forward returns.
         """
+        stages = _timm_stages if self.library == "timm" else _torchvision_stages
+        return self._computed(lambda x: stages(self.network, x), x)
+
+    def _computed(self, compute: Callable[[Tensor], _Result], x: Tensor) -> _Result:
+        """What `compute` makes of the normalised images.
+
+        The first pass of a size smaller than all before is watched: too small is what the network
+        fails on, and a stride with less than two pixels to make one of.
+        """
         x = self._normalised(x)
-        if self.library == "timm":
-            return _timm_stages(self.network, x)
-        return _torchvision_stages(self.network, x)
+        side = min(x.shape[2:])
+        if side >= self._enough or torch.compiler.is_compiling():
+            return compute(x)
+        try:
+            with trial_pass.starved_strides(self.network) as starved:
+                result = compute(x)
+        except trial_pass.FAILURES:
+            self._refuse_if_too_small(x)
+            raise  # for another reason
+        if starved:
+            self._refuse_if_too_small(x)
+        self._enough = side
+        return result
+
+    def _refuse_if_too_small(self, x: Tensor) -> None:
+        self.pixels.least = trial_pass.least_side(self.network, self._usual)
+        self.pixels(x)
 
     def _normalised(self, x: Tensor) -> Tensor:
         size = self.image_size
@@ -155,8 +183,7 @@ class Recomputed(nn.Module):
     def __init__(self, block: nn.Module):
         super().__init__()
         self.network = block
-        self.register_state_dict_post_hook(_without_prefix)
-        self.register_load_state_dict_pre_hook(_with_prefix)
+        network_keys.as_of_network(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """What the block makes of `x`."""
@@ -201,8 +228,9 @@ def _weights_of(library: str, architecture: str) -> list[str]:
     return [each.partition(".")[2] for each in listed]
 
 
-def _near(name: str, known: tuple[str, ...]) -> str:
-    near = difflib.get_close_matches(name, known)
+def _near(full: str, known: tuple[str, ...]) -> str:
+    library, _, name = full.partition(":")
+    near = [f"{library}:{each}" for each in difflib.get_close_matches(name, known)]
     if near:
         return f"; did you mean {' or '.join(map(repr, near))}?"
     return f"; it has {len(known)}, among them {', '.join(known[:: len(known) // 8])}"
@@ -380,16 +408,3 @@ def _hub_remedy() -> tuple[str, str]:
         "for a machine without network copy that folder from one where they were fetched, and set "
         "HF_HUB_OFFLINE=1"
     )
-
-
-# The wrapper's name in the keys, away and back.
-
-
-def _without_prefix(_: nn.Module, state: dict[str, Any], prefix: str, __: Any) -> None:
-    for key in [key for key in state if key.startswith(f"{prefix}network.")]:
-        state[prefix + key.removeprefix(f"{prefix}network.")] = state.pop(key)
-
-
-def _with_prefix(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    for key in [key for key in state if key.startswith(prefix)]:
-        state[f"{prefix}network.{key.removeprefix(prefix)}"] = state.pop(key)
