@@ -754,7 +754,9 @@ def test_sections_that_came_with_weights_stand_in_place_of_the_recipe_s_and_the_
     recipe = config.load(path, ["backbone.stem=small"], {"backbone": given})
 
     assert recipe.demo
-    assert recipe.values["backbone"] == {**given, "stem": "small", "zero_init_residual": False}
+    others = {"widening": None, "patch_mode": False, "zero_init_residual": False}
+    others |= {"representation": None, "activation_checkpointing": False}
+    assert recipe.values["backbone"] == {**given, "stem": "small", **others}
     assert recipe.sources["backbone.width"] == "weights"
     assert recipe.sources["backbone.stem"] == "command line"
     assert recipe.sources["backbone.zero_init_residual"] == "default"

@@ -379,7 +379,8 @@ def test_a_file_without_a_card_is_of_the_recipe_s_network(start, command, lone, 
 
     assert all(torch.equal(before[name], after[name]) for name in parameters)
     assert start.main(command("backbone.width=4", weights=lone, out="other")) == 2
-    assert "of another shape: first.weight (8, 3, 3, 3) for (4, 3, 3, 3)" in capsys.readouterr().err
+    said = "the weights are of width 8, the backbone is of width 4: did you mean backbone.width=8?"
+    assert said in capsys.readouterr().err
 
 
 def test_where_nothing_says_how_images_were_prepared_the_recipe_does(recipe, data, tmp_path):
