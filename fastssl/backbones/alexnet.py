@@ -31,7 +31,7 @@ class Options:
         stem: standard begins with an 11x11 convolution of stride 4; small with a 3x3 one of
             stride 1, for images of 32 to 64 pixels.
         activation_checkpointing: compute the activations of each depth again in the backward pass,
-            in place of keeping them: less memory, a third more time.
+            in place of keeping them: less memory, a third more work.
     """
 
     image_size: int = 224

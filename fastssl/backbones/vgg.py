@@ -34,7 +34,7 @@ class Options:
         stem: standard divides height and width by 32 in all; small leaves out the first two max
             pools, for images of 32 to 64 pixels.
         activation_checkpointing: compute a block's activations again in the backward pass, in place
-            of keeping them: less memory, a third more time.
+            of keeping them: less memory, a third more work.
     """
 
     widening: int = 8
