@@ -65,7 +65,8 @@ class Backbone(nn.Module):
         self.activation_checkpointing = options.activation_checkpointing
         self.image_size: int | None = size
         remedy = "backbone.stem=small takes 15" if standard else ""
-        self.pixels = Pixels(MEAN, STD, least=LEAST[options.stem], remedy=remedy)
+        least = LEAST[options.stem]
+        self.pixels = Pixels(MEAN, STD, least=least, remedy=remedy, only=size, of="an AlexNet")
         self.normalization = (MEAN, STD)
         one, two, three, four, five = CHANNELS
         first = (11, 4, 2) if standard else (3, 1, 1)
@@ -102,14 +103,7 @@ class Backbone(nn.Module):
         fc6, fc7: [B, 4096] after the ReLU; representation, if there is one: [B, dim]. The last is
         what forward returns.
         """
-        size = self.image_size
         x = self.pixels(x)
-        if x.shape[2:] != (size, size):
-            raise ValueError(
-                f"images of {x.shape[2]} x {x.shape[3]} pixels for an AlexNet that takes {size} x "
-                f"{size} only, as its hidden layers cover the whole map: give as backbone."
-                "image_size what the pipeline makes, or images of that size to trained weights"
-            )
         recompute = self.activation_checkpointing and self.training and torch.is_grad_enabled()
         stages: dict[str, Tensor] = {}
         start = 0

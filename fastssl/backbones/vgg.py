@@ -76,7 +76,8 @@ class Backbone(nn.Module):
         self.activation_checkpointing = options.activation_checkpointing
         self.image_size: int | None = size
         remedy = "backbone.stem=small takes 8" if options.stem == "standard" else ""
-        self.pixels = Pixels(MEAN, STD, least=LEAST[options.stem], remedy=remedy)
+        least = LEAST[options.stem]
+        self.pixels = Pixels(MEAN, STD, least=least, remedy=remedy, only=size, of="a VGG19")
         self.normalization = (MEAN, STD)
         self.features = _features(k, options.stem)
         side = size // LEAST[options.stem]  # a pool drops the odd row and column, as K19's
@@ -103,14 +104,7 @@ class Backbone(nn.Module):
         probe them; fc6, fc7: [B, 512 k] after the ReLU; representation, if there is one: [B, dim].
         The last is what forward returns.
         """
-        size = self.image_size
         x = self.pixels(x)
-        if x.shape[2:] != (size, size):
-            raise ValueError(
-                f"images of {x.shape[2]} x {x.shape[3]} pixels for a VGG19 that takes {size} x "
-                f"{size} only, as its hidden layers cover the whole map: give as backbone."
-                "image_size what the pipeline makes, or images of that size to trained weights"
-            )
         recompute = self.activation_checkpointing and self.training and torch.is_grad_enabled()
         stages: dict[str, Tensor] = {}
         start = 0
