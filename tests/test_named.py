@@ -1,8 +1,10 @@
 """Networks by torchvision's and timm's names: features, keys, every depth, and clear noes."""
 
 import copy
+import os
 import sys
 import urllib.error
+from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
@@ -471,3 +473,45 @@ def test_published_weights_from_the_cache_are_the_ones_that_are_used(monkeypatch
     assert all(
         torch.equal(value, theirs.state_dict()[key]) for key, value in ours.state_dict().items()
     )
+
+
+class Trap:
+    """An object that runs code when it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("before", [None, "0"])
+def test_code_in_a_file_of_torchvision_s_cache_is_not_run(monkeypatch, tmp_path, before):
+    folder, sprung = tmp_path / "hub" / "checkpoints", tmp_path / "sprung"
+    folder.mkdir(parents=True)
+    torch.save({"features.0.weight": Trap(sprung)}, folder / "squeezenet1_1-b8a52dc0.pth")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False)
+    if before is not None:
+        monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", before)
+    with pytest.raises(ValueError, match="holds more than tensors, and no code in it was run"):
+        build("torchvision:squeezenet1_1.IMAGENET1K_V1", pretrained=True)
+
+    assert not sprung.exists()
+    assert os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD") == before
+    torch.load(folder / "squeezenet1_1-b8a52dc0.pth", weights_only=False)
+    assert sprung.exists()  # the trap works
+
+
+@pytest.mark.parametrize("content", [b"", b"no weights", b"PK\x03\x04" + bytes(100)])
+def test_a_damaged_file_of_torchvision_s_cache_is_one_line(monkeypatch, tmp_path, content):
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    (folder / "squeezenet1_1-b8a52dc0.pth").write_bytes(content)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(
+        ValueError, match=r"the file of squeezenet1_1\.\S+ in \S+ is damaged"
+    ) as error:
+        build("torchvision:squeezenet1_1.IMAGENET1K_V1", pretrained=True)
+
+    assert "\n" not in str(error.value)

@@ -3,10 +3,13 @@
 Weights travel both ways: state_dict() has the library's own keys, less the classifier's.
 """
 
+import contextlib
 import difflib
 import importlib
+import os
+import pickle
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -37,6 +40,7 @@ TORCHVISION = tuple(list_models(torchvision.models))
 SIZE_ARGUMENTS = {"vit": "image_size", "maxvit": "input_size"}
 # Their children are depths worth probing, and not they themselves.
 _BODIES = ("features", "layers", "trunk_output", "blocks", "encoder.layers")
+_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # torch.load's
 MIN_BLOCKS = 4  # with fewer, what is kept is about what a block needs
 _Result = TypeVar("_Result")
 _POOLING = (nn.AdaptiveAvgPool2d, nn.Dropout, nn.Flatten)
@@ -261,7 +265,12 @@ def _from_torchvision(name: str, pretrained: bool, image_size: int | None) -> _M
         if not pretrained:
             arguments |= {"init_weights": True, "aux_logits": False}
     try:
-        network = get_model(architecture, weights=chosen if pretrained else None, **arguments)
+        with _weights_only():
+            network = get_model(architecture, weights=chosen if pretrained else None, **arguments)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        if not pretrained:
+            raise
+        raise ValueError(_not_weights(name, error, *_torch_remedy(chosen.url))) from None
     except OSError as error:
         raise ValueError(_not_fetched(name, error, *_torch_remedy(chosen.url))) from None
     except (ValueError, AssertionError) as error:
@@ -395,6 +404,27 @@ def _not_fetched(name: str, error: OSError, cache: str, remedy: str) -> str:
         f"pretrained (true): the weights of {name} are not in {cache} and cannot be fetched "
         f"({reason}); {remedy}, or give pretrained: false"
     )
+
+
+def _not_weights(name: str, error: Exception, cache: str, remedy: str) -> str:
+    return (
+        f"pretrained (true): the file of {name} in {cache} is damaged or holds more than tensors,"
+        f" and no code in it was run ({type(error).__name__}): delete it, and {remedy}"
+    )
+
+
+@contextlib.contextmanager
+def _weights_only() -> Iterator[None]:
+    """Torchvision reads its files as pickles that may run code, and has no argument against it."""
+    before = os.environ.get(_WEIGHTS_ONLY)
+    os.environ[_WEIGHTS_ONLY] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_WEIGHTS_ONLY]
+        else:
+            os.environ[_WEIGHTS_ONLY] = before
 
 
 def _torch_remedy(url: str) -> tuple[str, str]:
