@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastssl import starting
+
 
 def rank() -> int:
     """The global index of this process, 0 ... world - 1."""
@@ -20,6 +22,16 @@ def rank() -> int:
 def world() -> int:
     """The number of processes over all machines."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def place() -> tuple[int, int]:
+    """Rank and world; before there is a process group, as the launcher says.
+
+    For what is made on the CPU before the group is, and is another thing on each process.
+    """
+    if dist.is_available() and dist.is_initialized():
+        return rank(), world()
+    return starting.environment("RANK", 0), starting.environment("WORLD_SIZE", 1)
 
 
 @torch.no_grad()
@@ -56,6 +68,38 @@ class _Gather(torch.autograd.Function):
         gradient = gradients[0].clone(memory_format=torch.contiguous_format)  # summed in place
         dist.all_reduce(gradient)  # over what all processes made of all parts
         return gradient.chunk(world())[rank()]
+
+
+@torch.no_grad()
+def gather_to_first(tensor: Tensor) -> list[Tensor]:
+    """The same-shaped `tensor` of every process in rank order, on rank 0; elsewhere nothing."""
+    if world() == 1:
+        return [tensor.detach()]
+    tensor = tensor.detach().contiguous()
+    parts = [torch.empty_like(tensor) for _ in range(world())] if rank() == 0 else None
+    dist.gather(tensor, parts, dst=0)
+    return parts or []
+
+
+@torch.no_grad()
+def add_up(tensor: Tensor) -> Tensor:
+    """The sum of the same-shaped `tensor` of every process, in its place. Carries no gradient."""
+    if world() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+@torch.no_grad()
+def add_up_and_deal(tensor: Tensor) -> Tensor:
+    """This process's part [B, ...] of the sum over processes of `tensor` [world * B, ...].
+
+    The parts are dealt in rank order, as `gather` joins them. Carries no gradient.
+    """
+    if world() == 1:
+        return tensor
+    part = tensor.new_empty((len(tensor) // world(), *tensor.shape[1:]))
+    dist.reduce_scatter_tensor(part, tensor.contiguous())
+    return part
 
 
 @torch.no_grad()

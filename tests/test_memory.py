@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from fastssl.memory import Memory, generator
+from fastssl.memory import BLOCK, Memory, generator
 
 
 def bank(images=10, dimension=4, momentum=0.5, seed=0) -> Memory:
@@ -165,3 +165,139 @@ def test_numbers_are_a_function_of_the_seed_and_the_stream_s_name_alone():
     torch.manual_seed(3)
     assert draw(0, "a") == drawn[0]
     assert len({tuple(each) for each in drawn}) == 3
+
+
+# -- in bfloat16 ----------------------------------------------------------------------------------
+
+
+def half_bank(images=10, dimension=4, momentum=0.5, seed=0) -> Memory:
+    return Memory(images, dimension, momentum=momentum, seed=seed, dtype=torch.bfloat16)
+
+
+def test_a_bank_in_bfloat16_takes_half_and_is_read_as_float32():
+    whole, half = bank(100, 16), half_bank(100, 16)
+
+    assert 2 * half.rows.nbytes == whole.rows.nbytes
+    assert torch.equal(half.rows, whole.rows.bfloat16())
+    read = half.read(torch.tensor([[4, 7]]))
+    assert read.dtype == torch.float32
+    assert torch.equal(read, half.rows[None, [4, 7]].float())
+    assert torch.equal(half.draw(50), whole.draw(50))
+
+
+@pytest.mark.parametrize(("momentum", "stalls_at"), [(0.5, 0.003), (0.9, 0.021), (0.99, 0.19)])
+def test_in_bfloat16_a_row_follows_its_image_at_any_momentum(momentum, stalls_at):
+    # Oracle: the bank in float32. Every row is drawn to an embedding of its own until it is there;
+    # then the image changes for good by a thousandth of its length a step.
+    count, dimension = 50, 128
+    every = torch.arange(count)
+    whole = bank(count, dimension, momentum)
+    half = half_bank(count, dimension, momentum)
+    nearest = half.rows.clone()  # the same, rounded to the nearest
+    seen, away = embeddings(count, dimension), embeddings(count, dimension, seed=2)
+    for _ in range(int(12 / (1 - momentum))):
+        for memory in (whole, half):
+            memory.see(every, seen)
+            memory.finish_step()
+        sums = momentum * nearest.float() + (1 - momentum) * seen
+        nearest = normalize(sums, dim=1).bfloat16()
+    stalled = (nearest.float() - whole.rows).norm(dim=1).mean().item()
+    for _ in range(100):
+        seen = normalize(seen + 0.001 * away, dim=1)
+        for memory in (whole, half):
+            memory.see(every, seen)
+            memory.finish_step()
+    error = half.rows.float() - whole.rows
+    length = error.norm(dim=1).mean().item()
+
+    # Up or down at random is off by the last bit, 2 ** -7.5 of a number, times sqrt(1 / 6) on the
+    # average; a step leaves `momentum` of the former errors, whose squares add up.
+    assert length < 1.2 * 2**-7.5 * (1 / 6 / (1 - momentum**2)) ** 0.5
+    assert error.mean(0).norm() < 3 * length / count**0.5  # in no direction more than in others
+    assert stalled == pytest.approx(stalls_at, rel=0.2)
+
+
+def test_a_row_is_rounded_up_as_often_as_it_is_near():
+    # 2 ** -10 above 1 is an eighth of bfloat16's last bit there
+    memory = half_bank(4000, 8)
+    exact = torch.full((4000, 8), 1 + 2**-10)
+    rounded = memory._rounded(exact).float()
+    up = (rounded > 1).float().mean().item()
+
+    assert set(rounded.unique().tolist()) == {1.0, 1 + 2**-7}
+    assert abs(up - 1 / 8) < 5 * (7 / 64 / 32_000) ** 0.5
+    assert torch.equal(memory._rounded(-exact), -memory._rounded(exact))
+    whole = torch.tensor([[1.0, 0.0, -0.5, 2**-20, -0.0, 1.5, 0.25, 1 + 2**-7]])
+    assert torch.equal(memory._rounded(whole).float(), whole)  # what fits stays
+
+
+def test_rounding_is_a_function_of_the_seed_and_the_step():
+    def rows(seed, steps):
+        memory = half_bank(50, 16)
+        memory.seed, memory.steps = seed, steps
+        torch.manual_seed(steps)
+        memory.see(torch.arange(50), embeddings(50, 16))
+        memory.finish_step()
+        return memory.rows
+
+    assert torch.equal(rows(0, 3), rows(0, 3))
+    assert not torch.equal(rows(0, 3), rows(0, 4))
+    assert not torch.equal(rows(0, 3), rows(1, 3))
+
+
+def test_in_bfloat16_copies_count_once_and_a_sum_without_direction_leaves_the_row():
+    memory, seen = half_bank(), embeddings(4)
+    before = memory.rows.clone()
+    memory.see(torch.tensor([3, 5, 3, 3]), seen)
+    memory.see(torch.tensor([7]), -before[[7]].float())
+    memory.finish_step()
+
+    expected = before.float()
+    expected[5] = normalize(expected[5] + seen[1], dim=0)
+    expected[3] = normalize(expected[3] + seen[[0, 2, 3]].mean(0), dim=0)
+    torch.testing.assert_close(memory.rows.float(), expected, rtol=2**-7, atol=0)
+    assert torch.equal(memory.rows[[0, 1, 2, 4, 6, 7, 8, 9]], before[[0, 1, 2, 4, 6, 7, 8, 9]])
+
+
+def test_restored_in_bfloat16_it_goes_on_the_same():
+    memory = half_bank(30)
+    memory.see(torch.tensor([1]), embeddings(1))
+    memory.finish_step()
+    file = io.BytesIO()
+    torch.save(memory.state_dict(), file)
+    file.seek(0)
+    restored = half_bank(30, seed=0)
+    restored.load_state_dict(torch.load(file, weights_only=True))
+    for each in (memory, restored):
+        each.see(torch.tensor([9]), embeddings(1, seed=9))
+        each.finish_step()
+
+    assert torch.equal(memory.rows, restored.rows)
+
+
+# -- first rows, read and told --------------------------------------------------------------------
+
+
+def test_first_rows_of_a_large_bank_are_drawn_block_by_block_each_its_own():
+    large = bank(BLOCK + 100, 2).rows
+
+    assert torch.equal(large[:BLOCK], bank(BLOCK, 2).rows)
+    assert not torch.equal(large[BLOCK:], large[:100])
+    torch.testing.assert_close(large.norm(dim=1), torch.ones(BLOCK + 100))
+
+
+@pytest.mark.parametrize("batch", [None, 3])
+@pytest.mark.parametrize("count", [4, 32000])
+def test_negatives_are_the_rows_of_what_is_drawn(batch, count):
+    memory = bank()
+    drawn, rows = memory.negatives(count, batch=batch)
+
+    assert torch.equal(drawn, memory.draw(count, batch=batch))
+    assert torch.equal(rows, memory.rows[drawn])
+
+
+def test_a_bank_says_what_it_takes():
+    assert bank(2_000_000, 4).summary() == (
+        "memory bank: 2,000,000 rows of 4 in float32, 0.032 GB on each process"
+    )
+    assert "in bfloat16, 8e-08 GB" in half_bank().summary()

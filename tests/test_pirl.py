@@ -729,6 +729,8 @@ def test_two_processes_train_as_one_with_the_joined_batch_and_hold_the_same_memo
         ({"negatives": 0}, r"negatives \(0\) must be at least 1"),
         ({"dimension": 0}, r"dimension \(0\) must be at least 1"),
         ({"patches": 0}, r"patches \(0\) must be at least 1"),
+        ({"shard_bank_gb": -1.0}, r"shard_bank_gb \(-1.0\) must be at least 0: 0 shares out every"),
+        ({"shard_bank_gb": float("nan")}, r"shard_bank_gb \(nan\) must be at least 0"),
         (
             {"normalizer": "memory", "negatives_for": "image"},
             r"normalizer \('memory'\) must be 'view' .* or set negatives_for: batch",
@@ -757,4 +759,6 @@ def test_defaults_are_the_papers():
         "loss": "nce",
         "negatives_for": "batch",
         "normalizer": "view",
+        "bank_dtype": "float32",
+        "shard_bank_gb": 2.0,
     }
