@@ -148,12 +148,12 @@ def _remedy(
     if on.pixels:
         return _either(*more, smaller)
     if middle["loader_to_read"] > 0.5 and not on.together:
-        return f"a packed store in place of reading file by file from the page cache ({PACK})"
+        return f"a tar store in place of reading file by file from the page cache ({PACK})"
     # Where only a part of each image is decoded, this is the most that decoding can take.
     decoding = middle["loader_to_decode"] if on.gpu else cpu["decode"] / cpu["loader"]
     if decoding < 0.5:
         return _either(*more, smaller)
-    pack = f"a packed store ({PACK})"
+    pack = f"a store of smaller images ({PACK} --short-side 292)"
     if on.together:
         pack = f"a store of pixels ({PACK} --form raw)"
     if not on.gpu:

@@ -6,8 +6,10 @@ cost against size, both as logarithms, is 0 where size costs nothing and 1 where
 twice as much. It is fitted to the sizes from a hundredth of the greatest on: below, fixed costs
 hide it.
 
-    images        the listing's arrays and the order plan, of made-up file names (13 million real
-                  files are more than a disk here holds), and list_samples on real, tiny files
+    images        the listing's arrays and the order plan, of made-up file names, and list_samples
+                  on real, tiny files
+    entries       list_samples on real directory entries, hard links to a few files: 13 million
+                  files are more than a disk here holds; first, kept, and by two processes at once
     bank          the memory bank: made, read and written, 128 numbers a row
     negatives     PIRL's loss, forward and backward
     permutations  a far-apart set of orders of 9 cells computed, read and drawn; any of all orders
@@ -44,6 +46,7 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 RECIPE = CHECKOUT / "recipes" / "pirl_jigsaw.yaml"
 ROW_BYTES = 128 * 4
 TIMEOUT = 600.0  # seconds of a point, and of what a process does before it is ready
+SLOW = {"entries": 7200.0}  # points that may take longer: 13 million names and headers
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class Series:
 SERIES = (
     Series("images", "images", (10_000, 100_000, 1_000_000, 1_280_000, 13_000_000), (1000, 4000)),
     Series("images", "files", (1000, 10_000, 100_000), (100, 300)),
+    Series("entries", "entries", (100_000, 1_000_000, 13_000_000), (300,)),
     Series("bank", "bank", (10_000, 100_000, 1_000_000, 13_000_000), (1000, 4000)),
     Series("negatives", "negatives", (256, 1024, 4096, 16_384, 65_536), (64, 256)),
     Series("permutations", "sets", (10, 100, 1000, 10_000), (10, 20)),
@@ -76,6 +80,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", nargs="*", metavar="WHAT", help=f"of {', '.join(WHATS)}; none: all")
     parser.add_argument(
         "--data", type=Path, metavar="FOLDER", help="of processes (default: the built-in images)"
+    )
+    parser.add_argument(
+        "--entries",
+        type=Path,
+        metavar="FOLDER",
+        help="where entries makes its links and finds those of before (default: made and removed)",
     )
     method.add_common(parser, seconds=3.0)
 
@@ -110,6 +120,7 @@ def main(arguments: argparse.Namespace) -> int:
                     "least": 0.01 if arguments.quick else 0.2,
                     "threads": arguments.threads,
                     "device": device,
+                    "entries": str(arguments.entries or ""),
                 }
                 try:
                     if series.point == "process":
@@ -272,7 +283,7 @@ def _children(
                     child.stdin.flush()
             found = []
             for child in children:
-                said, how = _end(child)
+                said, how = _end(child, SLOW.get(point, TIMEOUT))
                 if child.returncode != 0:
                     raise RuntimeError(how)
                 found.append(json.loads(said.splitlines()[-1]))
@@ -293,15 +304,15 @@ def _wait_until_ready(child: subprocess.Popen[str]) -> None:
     if not select.select([child.stdout], [], [], TIMEOUT)[0]:
         raise RuntimeError(f"not ready after {TIMEOUT:g} s")
     if child.stdout.readline() != "ready\n":
-        raise RuntimeError(_end(child)[1])
+        raise RuntimeError(_end(child, TIMEOUT)[1])
 
 
-def _end(child: subprocess.Popen[str]) -> tuple[str, str]:
+def _end(child: subprocess.Popen[str], timeout: float) -> tuple[str, str]:
     """What a child said, and how it ended."""
     try:
-        said, errors = child.communicate(timeout=TIMEOUT)
+        said, errors = child.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        return "", f"not done after {TIMEOUT:g} s"
+        return "", f"not done after {timeout:g} s"
     last = (errors.strip().splitlines() or ["nothing said"])[-1]
     return said, f"ended with {child.returncode}: {last}"
 

@@ -10,10 +10,13 @@ import ctypes
 import dataclasses
 import json
 import math
+import os
+import subprocess
 import sys
 import tempfile
 import time
 import zlib
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,11 +33,15 @@ from fastssl.memory import Memory
 from fastssl.objectives import pirl
 from pipelines import ops, patch_grid, permutations, pirl_jigsaw
 from pipelines.readers import folder
+from pipelines.readers.names import Names
 
 BATCH = 256  # images a step of a process
 DIMENSION = 128
+CHECKOUT = Path(__file__).resolve().parents[1]
 PEAK = Path("/proc/self/clear_refs")
 STATUS = Path("/proc/self/status")
+LINKS = 60_000  # names of one file: ext4 allows 65,000
+CLASSES = 1000  # folders
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,6 +56,7 @@ class Point:
     device: str = "cpu"  # of bank and negatives
     recipe: str = ""  # of processes
     overrides: tuple[str, ...] = ()
+    entries: str = ""  # folder of the hard links, kept; empty: a temporary one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +130,35 @@ def files(point: Point) -> Iterator[Quantity]:
     yield Quantity("listing, every header read", "s", first)
     yield Quantity("listing, headers remembered", "s", again)
     yield Quantity("listing, memory", "MB", [peak])
+
+
+def entries(point: Point) -> Iterator[Quantity]:
+    """Real directory entries, as many as there are images: hard links to a few tiny PNGs.
+
+    The first listing reads every header and is made once; the others find it kept. The last ones
+    are two processes at the same time. A file with many names has one inode, which is sooner found
+    than as many inodes would be.
+    """
+    with contextlib.ExitStack() as stack:
+        made = point.entries or stack.enter_context(
+            tempfile.TemporaryDirectory(prefix="fastssl-scale-")
+        )
+        root, cache = Path(made) / f"images-{point.size}", Path(made) / f"cache-{point.size}"
+        if not root.exists():
+            link(root, point.size)
+        if not cache.exists():
+            first = together(root, cache, "check", 1)
+            yield Quantity("entries, every header read", "s", first["seconds"])
+            yield Quantity("entries, every header read, peak", "B/image", first["peak"])
+        for how in ("check", "trust"):
+            runs = [together(root, cache, how, 1) for _ in range(point.repeats)]
+            for key, unit in (("seconds", "s"), ("CPU", "s"), ("peak", "B/image")):
+                values = [run[key][0] for run in runs]
+                yield Quantity(f"entries kept, {how}, {key}", unit, values)
+        two = together(root, cache, "check", 2)
+        yield Quantity("entries kept, of two processes, seconds", "s", two["seconds"])
+        yield Quantity("entries kept, of two processes, RSS", "B/image", two["RSS"])
+        yield Quantity("entries kept, of two processes, PSS", "B/image", two["PSS"])
 
 
 def bank(point: Point) -> Iterator[Quantity]:
@@ -273,7 +310,7 @@ def listing(size: int) -> folder.Samples:
     numbers = np.arange(size)
     for place in range(10):  # digits, the last first
         text[:, 31 - place] += ((numbers // 10**place) % 10).astype(np.uint8)
-    names = folder.Names(text.tobytes(), np.arange(0, 36 * (size + 1), 36, dtype=np.int64))
+    names = Names(text.reshape(-1), np.arange(0, 36 * (size + 1), 36, dtype=np.int64))
     return folder.Samples(
         root="/nowhere",
         names=names,
@@ -285,6 +322,66 @@ def listing(size: int) -> folder.Samples:
         bad={},
         fingerprint="",
     )
+
+
+def link(root: Path, count: int) -> None:
+    """Makes `count` names in the folders of classes, of as few files as may have so many."""
+    part = root.with_name(f"{root.name}.part")
+    part.mkdir(parents=True)
+    file, number = part, 0
+    for name in range(min(CLASSES, count)):
+        here = part / f"n{name:08d}"
+        here.mkdir()
+        for image in range(name, count, CLASSES):
+            path = here / f"n{name:08d}_{image // CLASSES:08d}.png"
+            if number % LINKS == 0:
+                path.write_bytes(tiny_png())
+                file = path
+            else:
+                os.link(file, path)
+            number += 1
+    part.rename(root)
+
+
+def together(root: Path, cache: Path, how: str, count: int) -> dict[str, list[float]]:
+    """Seconds and memory of new processes that list a folder at the same time and hold it.
+
+    Memory is what the listing and the order of an epoch add to a process, an image.
+    """
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.scale_listing", str(root), str(cache), how],
+            cwd=CHECKOUT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(count)
+    ]
+    found: dict[str, list[float]] = defaultdict(list)
+    try:
+        for line in ("go\n", "tell\n"):  # all are imported, then all have listed
+            for child in children:
+                assert child.stdin is not None, "a pipe was asked for"
+                assert child.stdout is not None, "a pipe was asked for"
+                if child.stdout.readline() != "ready\n":
+                    raise RuntimeError(f"{root} could not be listed")
+            for child in children:
+                assert child.stdin is not None, "a pipe was asked for"
+                child.stdin.write(line)
+                child.stdin.flush()
+        told = []
+        for child in children:  # each waits with its memory until all have told
+            assert child.stdout is not None, "a pipe was asked for"
+            told.append(json.loads(child.stdout.readline()))
+        for each in told:
+            for key, value in each.items():
+                found[key].append(value)
+        return found
+    finally:
+        for child in children:
+            child.kill()
+            child.communicate()
 
 
 def timed(run: Callable[[], object], point: Point) -> list[float]:
@@ -384,7 +481,8 @@ def _cpu_ms(graph: Callable[[], Any], batch: int, point: Point) -> list[float]:
 
 
 POINTS: dict[str, Callable[[Point], Iterator[Quantity]]] = {
-    each.__name__: each for each in (images, files, bank, negatives, sets, orders, patches, process)
+    each.__name__: each
+    for each in (images, files, entries, bank, negatives, sets, orders, patches, process)
 }
 
 

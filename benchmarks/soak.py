@@ -1,6 +1,6 @@
 """Whether the loader can run for days: memory, open files and images/s over 200,000 batches.
 
-    python -m benchmarks soak FOLDER [--batches 200000] [--batch 4] [--out FILE.json]
+    python -m benchmarks soak FOLDER [data.use=...] [--batches 200000] [--out FILE.json]
 
 Images and batches are small, so that what is done once a batch, and might leak, is done often. On
 the way `state()` is taken 200 times, and 19 times the loader is set back to what it just gave, as
@@ -49,7 +49,8 @@ TABLE = """\
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The images, and how many batches of them."""
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", help="of images, or what another data.use reads")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of the recipe")
     parser.add_argument("--batches", type=int, default=200_000, help="(default %(default)s)")
     parser.add_argument("--batch", type=int, default=4, help="images each (default %(default)s)")
     parser.add_argument(
@@ -67,7 +68,7 @@ def main(arguments: argparse.Namespace) -> int:
         if vars(arguments)[name] < 1:
             raise ValueError(f"--{name} ({vars(arguments)[name]}) must be at least 1")
     data = (f"data.root={arguments.folder}", f"data.limit={arguments.images}")
-    recipe = config.load(str(RECIPE), [*data, *SMALL])
+    recipe = config.load(str(RECIPE), [*data, *SMALL, *arguments.overrides])
     rows = soak(recipe, arguments.batches, arguments.batch, arguments.threads)
     sentences = verdict(rows, arguments.batches, arguments.batch)
     print("\n".join(sentences))
@@ -77,11 +78,17 @@ def main(arguments: argparse.Namespace) -> int:
             "batch": arguments.batch,
             "images": arguments.images,
             "threads": arguments.threads,
+            "data": {k: value for k, value in recipe.values["data"].items() if k != "root"},
             "pipeline": recipe.values["pipeline"],
             "note": arguments.note,
         }
         made = result.make(
-            "soak", rows, settings, sentences, data=arguments.folder, page_cache="warm"
+            "soak",
+            rows,
+            settings,
+            sentences,
+            data=Path(arguments.folder) if os.path.exists(arguments.folder) else None,
+            page_cache="warm",
         )
         result.write(arguments.out, made)
     return 0 if passed(rows) else 1
@@ -112,7 +119,9 @@ def soak(
 
     def rows(step: int) -> np.ndarray:
         epoch, step = divmod(step, per_epoch)
-        return usable[order.shuffled(len(usable), 0, epoch, 0, 1, batch)[step]]
+        if samples.chunks is None:
+            return usable[order.shuffled(len(usable), 0, epoch, 0, 1, batch)[step]]
+        return usable[order.by_chunks(samples.chunks, 0, epoch, 0, 1, batch, samples.window)[step]]
 
     def start() -> Loader:
         return Loader(

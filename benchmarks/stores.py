@@ -1,10 +1,10 @@
 """What packing a folder pays, and FFCV from the same bytes: a random crop and flip of each image.
 
   files     the folder's own files
-  full      packed, JPEG of quality 90 at full size (or the file's own bytes, where they are fewer)
-  long-400  packed, JPEG of quality 90, long side 400: what FFCV's guides write
-  jpeg-292  packed, JPEG of quality 90, short side 292: what `python -m fastssl.data pack` writes
-  raw-256   packed, pixels, short side 256: nothing to decode
+  full      tars, JPEG of quality 90 at full size (or the file's own bytes, where they are fewer)
+  long-400  tars, JPEG of quality 90, long side 400: what FFCV's guides write
+  jpeg-292  tars, JPEG of quality 90, short side 292: `python -m fastssl.data pack --quality 90`
+  raw-256   tars, pixels, short side 256: nothing to decode
 From each, fastssl (pipelines.single_view: 224 x 224 of 8 to 100 % of the area, flip, no colours)
 and, where it can be run, FFCV with the same crop and flip, out of a .beton with the very bytes of
 the store; all by turns, images in the page cache. FFCV has passed benchmarks.gate before.
@@ -42,7 +42,7 @@ from fastssl import loader, pack
 from fastssl.pack_image import FILTER, Form, upright_rgb
 from pipelines import single_view
 from pipelines.readers import folder as folder_reader
-from pipelines.readers import packed
+from pipelines.readers import tar
 
 HELP = "what packing pays, beside FFCV from the same bytes"
 
@@ -182,21 +182,22 @@ def _store(name: str, listing: folder_reader.Samples, scratch: Path, workers: in
     source = listing
     if name == "long-400":
         source = _shrunk(listing, scratch / "shrunk", LONG_SIDE)
+    kind: Kind = "raw" if form.form == "raw" else "jpeg"
     root = scratch / name
     pack.pack(source, root, form, shard_mb=SHARD_MB, workers=workers, say=_say)
-    samples = packed.list_samples(packed.Options(root=str(root)), cache=None, say=_say)
+    samples = tar.list_samples(tar.Options(root=str(root)), cache=None, say=_say)
     files = scratch / f"{name} files"
     files.mkdir()
     paths = []
     for row, content in enumerate(samples.content(np.arange(len(samples)))):
-        if form.form == "raw":
+        if kind == "raw":
             path = files / f"{row:07}.png"
             Image.fromarray(content).save(path, compress_level=1)
         else:
             path = files / f"{row:07}.jpg"
             path.write_bytes(content.tobytes())
         paths.append(str(path))
-    return _Store(name, form.form, packed, samples, int(samples.size.sum()) / 1e6, paths)
+    return _Store(name, kind, tar, samples, int(samples.size.sum()) / 1e6, paths)
 
 
 def _shrunk(listing: folder_reader.Samples, folder: Path, long_side: int) -> folder_reader.Samples:

@@ -16,7 +16,7 @@ import re
 import shutil
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,6 +28,7 @@ from fastssl.config import RecipeError
 
 # What weights_only=True reads back. Saving anything else would only fail at the resumption.
 _PLAIN = (str, bytes, int, float, bool, type(None), Tensor, torch.Size, torch.dtype)
+_MAPPED = 2**26  # bytes of a tensor from which on it is read only where it is used
 
 
 class CheckpointError(OSError):
@@ -35,6 +36,10 @@ class CheckpointError(OSError):
 
     The message is the whole of what the user should see.
     """
+
+
+class DamagedError(RecipeError):
+    """A checkpoint is not, byte for byte, what was written, or its disk fails."""
 
 
 def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
@@ -77,17 +82,22 @@ def latest(folder: Path) -> Path | None:
 def load(path: Path) -> dict[str, Any]:
     """The state saved in the checkpoint `path`, its tensors on the CPU.
 
+    Large ones (a memory bank) stay in the file until they are looked at: who copies a part reads
+    that part. Writing to them changes no file.
+
     Raises:
-        RecipeError: the file is missing, damaged or no checkpoint of fastssl.
+        DamagedError: the file is damaged or cut short.
+        RecipeError: it is missing or no checkpoint of fastssl.
     """
     try:
         intact = _is_sealed(path)
     except OSError as error:
-        raise RecipeError(f"{path} cannot be read: {error.strerror}") from error
+        kind = DamagedError if error.errno == errno.EIO else RecipeError
+        raise kind(f"{path} cannot be read: {error.strerror}") from error
     if not intact:
-        raise RecipeError(f"{path} is damaged or cut short: {_way_out(path)}")
+        raise DamagedError(f"{path} is damaged or cut short: {_way_out(path)}")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise RecipeError(
             f"{path} is not a checkpoint of fastssl: it holds more than tensors and plain values,"
@@ -95,7 +105,43 @@ def load(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(state, dict):
         raise RecipeError(f"{path} is not a checkpoint of fastssl: it holds {type(state).__name__}")
+    _read(state)
     return state
+
+
+def load_newest(path: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:
+    """As `load`; where `path` is damaged, the newest whole checkpoint before it in its folder.
+
+    Args:
+        path: the newest checkpoint of a run.
+        say: told of each damaged one, and which one is taken in its place.
+
+    Returns:
+        The path of the checkpoint that was read, and its state.
+
+    Raises:
+        RecipeError: none is whole; or as `load`.
+    """
+    damaged: list[Path] = []
+    before = [other for other in _all(path.parent) if _step(other) < _step(path)]
+    for candidate in [path, *reversed(before)]:
+        try:
+            state = load(candidate)
+        except DamagedError:
+            damaged.append(candidate)
+            continue
+        if damaged:
+            names = ", ".join(each.name for each in damaged)
+            say(
+                f"warning: {names} in {path.parent}: damaged or cut short; going on from the "
+                f"checkpoint before, {candidate.name}"
+            )
+        return candidate, state
+    names = ", ".join(each.name for each in damaged)
+    raise DamagedError(
+        f"no checkpoint in {path.parent} is whole: {names} damaged or cut short; delete that folder"
+        " to start anew, or name another one (train.out=...)"
+    )
 
 
 def rng_state() -> dict[str, Any]:
@@ -244,6 +290,20 @@ def _check_plain(value: Any, place: str) -> None:
             f"{place} is a {type(value).__module__}.{type(value).__qualname__}, which a checkpoint"
             " cannot hold: make it a tensor or a plain value"
         )
+
+
+def _read(value: Any) -> None:
+    """Make all but the largest tensors in `value` the caller's own, free of the file."""
+    if isinstance(value, dict):
+        value = value.values()
+    elif isinstance(value, Tensor):
+        if value.nbytes < _MAPPED:
+            value.data = value.clone()
+        return
+    elif not isinstance(value, list | tuple):
+        return
+    for item in value:
+        _read(item)
 
 
 def _all(folder: Path) -> list[Path]:

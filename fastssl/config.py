@@ -101,7 +101,9 @@ FREE_ON_RESUME = frozenset(
     [f"train.{key}" for key in ("out", "resume", "steps", "checkpoint_steps", "keep", "log_steps")]
     + ["train.chance_steps", "train.trackers"]
     + ["train.weights"]  # the same by another path: a checkpoint knows their SHA-256
+    + ["objective.shard_bank_gb"]  # where the rows lie, not what they are
     + [f"loader.{key}" for key in ("threads", "prefetch", "hw_decoder_load")]
+    + [f"loader.decoder_{key}" for key in ("width", "height", "device_mib", "host_mib")]
     + [f"probe.{field.name}" for field in fields(probe.Options)]
 )
 

@@ -1,4 +1,7 @@
-"""The two labelled splits of a folder: train/<class>/ and val/<class>/ (or test/<class>/)."""
+"""The two labelled splits below a root: train and val (or validation, or test).
+
+Each is what the reader reads: a folder of classes, a store, a dataset, or a list (train.csv).
+"""
 
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields, replace
@@ -7,6 +10,9 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+
+SECOND = ("val", "validation", "test")  # what the split that is not trained on may be called
+LISTS = (".txt", ".csv", ".tsv", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -28,9 +34,8 @@ def splits(
 
     Args:
         reader: pipelines/readers/*.
-        data: its options; `root` is the folder around train and val (or test). What else they say
-            holds for train; for val only `bad`, `max_pixels` and `limit` do: a subset of the labels
-            is one to learn from.
+        data: its options; `root` is the folder, or the s3:// url, around train and val. What else
+            they say holds for both, but for subsets and the quarantine: they are train's.
         cache: where the reader keeps listings.
         say: told what the user should know.
 
@@ -41,30 +46,36 @@ def splits(
         ValueError: a split is missing or has no class folders, there is one class only, or val has
             a class that train lacks.
     """
-    root = Path(data.root).expanduser()
-    train = _listed(reader, replace(data, root=str(root / "train")), cache, say)
-    second = "val" if (root / "val").exists() or not (root / "test").exists() else "test"
-    val = _listed(reader, whole(data, str(root / second)), cache, say)
-    for samples, name in ((train, "train"), (val, second)):
+    root = data.root if is_url(data.root) else str(Path(data.root).expanduser())
+    if not is_url(root) and Path(root).is_file():
+        raise ValueError(
+            f"{root} is one list: give the folder that holds two, train{Path(root).suffix} and"
+            f" val{Path(root).suffix}"
+        )
+    at_train, at_val = place(root, ("train",)), place(root, SECOND)
+    at_train, at_val = at_train or f"{root}/train", at_val or f"{root}/val"
+    train = _listed(reader, replace(data, root=at_train), cache, say)
+    val = _listed(reader, whole(data, at_val), cache, say)
+    for samples, at in ((train, at_train), (val, at_val)):
         if samples.labels is None:
+            name = at.rpartition("/")[2]
             raise ValueError(
-                f"{root / name} has no class folders: labels are needed, as "
-                f"{name}/<class>/<image>; give the folder around train and {second}"
+                f"{at} has no class folders: labels are needed, as {name}/<class>/<image> (a list,"
+                " a store or a dataset: a label for each image); give the folder around train and"
+                f" {at_val.rpartition('/')[2]}"
             )
     if len(train.classes) < 2:
         raise ValueError(
-            f"{root / 'train'} has one class only ({train.classes[0]}): there is nothing to tell "
+            f"{at_train} has one class only ({train.classes[0]}): there is nothing to tell "
             "apart; give a folder with train/<class>/ for two classes or more"
         )
     unknown = sorted(set(val.classes) - set(train.classes))
     if unknown:
-        raise ValueError(
-            f"{root / second} has classes that {root / 'train'} lacks: {_few(unknown)}"
-        )
+        raise ValueError(f"{at_val} has classes that {at_train} lacks: {_few(unknown)}")
     absent = sorted(set(train.classes) - set(val.classes))
     if absent:
         say(
-            f"warning: {root / second} has no image of {len(absent)} of {len(train.classes)} "
+            f"warning: {at_val} has no image of {len(absent)} of {len(train.classes)} "
             f"classes: {_few(absent)}"
         )
     same = np.arange(len(train.classes))
@@ -76,15 +87,35 @@ def splits(
     )
 
 
-def whole(data: Any, root: str) -> Any:
-    """A reader's options at `root`, less what takes a subset to train on.
+def place(root: str, names: tuple[str, ...]) -> str | None:
+    """Where a split lies: the first of `names` that is a folder in `root`, or a list (LISTS).
 
-    Kept are `bad`, `max_pixels` and `limit`, where there are such.
+    Of a url it is the first name: to ask what is there would take a request.
     """
+    if is_url(root):
+        return f"{root.rstrip('/')}/{names[0]}"
+    folder = Path(root)
+    for name in names:
+        if (folder / name).exists():
+            return str(folder / name)
+        for suffix in LISTS:
+            if (folder / f"{name}{suffix}").is_file():
+                return str(folder / f"{name}{suffix}")
+    return None
+
+
+def is_url(root: str) -> bool:
+    """Whether it is none of this machine's folders."""
+    return "://" in root
+
+
+def whole(data: Any, root: str) -> Any:
+    """A reader's options at `root`, less what takes a subset to train on, or leaves images out."""
+    subsets = ("fraction", "per_class", "subset_seed", "quarantine")
     defaults = {
         field.name: field.default
         for field in fields(data)
-        if field.default is not MISSING and field.name not in ("bad", "max_pixels", "limit")
+        if field.default is not MISSING and field.name in subsets
     }
     return replace(data, **defaults, root=root)
 
@@ -93,13 +124,13 @@ def _listed(
     reader: ModuleType, options: Any, cache: Path | None, say: Callable[[str], None]
 ) -> Any:
     root = Path(options.root)
-    if not root.exists() and root.parent.is_dir():
+    if not is_url(options.root) and not root.exists() and root.parent.is_dir():
         hint = (
             f"; did you mean {root.parent.parent}?" if root.parent.name in ("train", "val") else ""
         )
         raise ValueError(
             f"there is no folder {root}: {root.parent} must hold train/<class>/ and val/<class>/ "
-            f"(or test/<class>/){hint}"
+            f"(or test/<class>/), or a list of each, train.csv and val.csv{hint}"
         )
     return reader.list_samples(options, cache=cache, say=say)
 

@@ -27,6 +27,7 @@ from fastssl import machine
 
 # Batches between two in-memory DALI checkpoints: what is run again when a file can't be decoded.
 REPLAY = 64
+MOST = 1024  # threads, and batches made ahead: more is a slip of the finger
 
 
 class DataError(ValueError):
@@ -38,8 +39,9 @@ class Options:
     """How one process makes its batches; nothing of it changes what is learnt.
 
     `decoder` and `region` give other pixels of the same distribution, so that a run which is
-    resumed keeps them. `threads` and `prefetch` give the same batches at another speed, and so does
-    `hw_decoder_load`, as far as a GPU's decoders agree to the last bit.
+    resumed keeps them. `threads` and `prefetch` give the same batches at another speed, and so do
+    the room set aside for a GPU's decoder and, as far as its units agree to the last bit,
+    `hw_decoder_load`.
     """
 
     threads: int | None = None  # of DALI, a process; null: cores allowed / processes on the machine
@@ -50,6 +52,13 @@ class Options:
     # has any (A100, H100, ...); its other units and the threads do the rest
     # Decode no more of an image than its crop needs, where a graph has one crop.
     region: bool = True
+    # What a GPU's decoder sets aside before the first batch. An image that needs more makes it ask
+    # for memory in the middle of the work. `python -m fastssl.data check FOLDER` tells what the
+    # images of a data set need; these are what DALI takes anyway. Nothing here counts on a CPU.
+    decoder_width: int = 0  # pixels: of the widest image; with decoder_height for the JPEG engines,
+    decoder_height: int = 0  # of the highest image; 0 and 0: they ask when they see one
+    decoder_device_mib: int = 16  # MiB of the GPU's memory, for each of `threads`
+    decoder_host_mib: int = 8  # MiB of pinned memory, twice for each of `threads`
 
     def __post_init__(self) -> None:
         """Refuses what can't be.
@@ -57,16 +66,28 @@ class Options:
         Raises:
             ValueError: says which value, and what to give.
         """
-        if self.threads is not None and self.threads < 1:
+        if self.threads is not None and not 1 <= self.threads <= MOST:
             raise ValueError(
-                f"threads ({self.threads}) must be at least 1, or null for a share of the cores"
+                f"threads ({self.threads}) must be in 1 ... {MOST}, or null for a share of the"
+                " cores"
             )
-        if self.prefetch < 1:
-            raise ValueError(f"prefetch ({self.prefetch}) must be at least 1")
+        if not 1 <= self.prefetch <= MOST:
+            raise ValueError(f"prefetch ({self.prefetch}) must be in 1 ... {MOST}")
         if self.decoder not in ("auto", "cpu"):
             raise ValueError(f"decoder ({self.decoder!r}) must be auto or cpu")
         if not 0 <= self.hw_decoder_load <= 1:
             raise ValueError(f"hw_decoder_load ({self.hw_decoder_load}) must be in 0 ... 1")
+        for name, side in (("width", self.decoder_width), ("height", self.decoder_height)):
+            if not 0 <= side <= 65_535:  # a JPEG's greatest
+                raise ValueError(f"decoder_{name} ({side}) must be in 0 ... 65535 pixels")
+        if (self.decoder_width == 0) != (self.decoder_height == 0):
+            raise ValueError(
+                f"decoder_width ({self.decoder_width}) and decoder_height ({self.decoder_height})"
+                " go together: give both, or 0 and 0"
+            )
+        for name, room in (("device", self.decoder_device_mib), ("host", self.decoder_host_mib)):
+            if not 0 <= room <= 2047:  # DALI counts the bytes in 32 bits
+                raise ValueError(f"decoder_{name}_mib ({room}) must be in 0 ... 2047 MiB")
 
 
 class Loader:
@@ -113,7 +134,10 @@ class Loader:
         self._loading, self._say = loading, say
         self._pipeline: Pipeline | None = None
         self._names: list[str] = []
+        self._first = 0  # the step at which the random stream of the augmentations begins
         self._saved: tuple[int, bytes | None] = (0, None)  # a step and DALI's state after it
+        self._at = 0  # the batch that the pipeline is to make next, or was making when it failed
+        self._unexplained: int | None = None  # the last one that failed for no file's fault
         self._wait = _Wait(device)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
@@ -160,6 +184,7 @@ class Loader:
         dali = b"" if saved[1] is None else saved[1]
         return {
             "step": self.step,
+            "first": self._first,
             "dali": torch.frombuffer(bytearray(dali), dtype=torch.uint8) if dali else None,
             "skipped": dict(self.skipped),
         }
@@ -167,10 +192,22 @@ class Loader:
     def resume(self, state: dict[str, Any]) -> None:
         """Goes on as the loader that gave `state`, which must have had the same arguments."""
         self.step = state["step"]
+        self._first = state.get("first", 0)  # what was saved before there was such a thing
         self.skipped = dict(state["skipped"])
         dali = state["dali"]
         self._saved = (self.step, None if dali is None else dali.numpy().tobytes())
         self._pipeline = None
+
+    def begin(self, step: int, skipped: dict[int, str]) -> None:
+        """Goes on at `step` with new random augmentations, a function of the seed and the step.
+
+        For a start with another number of processes, where no state of before fits.
+
+        Args:
+            step: batches to be taken as given.
+            skipped: rows that failed to decode, of all processes.
+        """
+        self.resume({"step": step, "first": step, "dali": None, "skipped": skipped})
 
     def close(self) -> None:
         """Ends DALI's threads and frees its memory; the next batch, if any, starts them anew.
@@ -189,8 +226,10 @@ class Loader:
             self._names, self._pipeline = self._build(
                 self._rows_or_others, self._batch, dali, self._loading
             )
-            for _ in range(self.step - step):  # given before, at most REPLAY batches
-                self._pipeline.run()
+            for given in range(step, self.step):  # at most REPLAY batches
+                self._at = given
+                self._pipeline.run()  # fails if a file has gone since it was given
+        self._at = self.step
         return self._pipeline
 
     def _build(
@@ -200,18 +239,24 @@ class Loader:
         dali: bytes | None,
         loading: Options,
     ) -> tuple[list[str], Pipeline]:
+        # DALI counts batches from the beginning of its random stream.
+        first = self._first
+
+        def planned(batch: int) -> np.ndarray:
+            return rows(first + batch)
+
         pipeline = Pipeline(
             batch_size=batch,
             num_threads=loading.threads or threads_per_process(1),
             device_id=_dali_device(self._device),  # pyright: ignore[reportArgumentType]  None: no GPU
-            seed=self._seed,
+            seed=self._seed if first == 0 else seed_of(self._seed, first),
             prefetch_queue_depth=loading.prefetch,
             enable_checkpointing=True,
             checkpoint=dali,
         )
         backend = "cpu" if self._device.type == "cpu" else "gpu"
         with pipeline:
-            image, index = self._reader.source(self._samples, rows, loading)
+            image, index = self._reader.source(self._samples, planned, loading)
             outputs = self._graph.graph(image, index, self._options, backend)
             # Labels travel with the pixels: a copy from here would be one more wait for the GPU.
             here = [node.gpu() if backend == "gpu" else node for node in outputs.values()]
@@ -247,10 +292,15 @@ class Loader:
         comes with the very batch that holds them, whatever was made ahead.
         """
         self._pipeline = None
-        rows = list(dict.fromkeys(self._rows_or_others(self.step).tolist()))
+        rows = list(dict.fromkeys(self._rows_or_others(self._at).tolist()))
         found = self._failures(rows)
         if not found:
-            raise error  # not a file's fault: a defect of the graph, or the device's memory
+            # A network disk that failed for a moment; or no file's fault: a defect of the graph,
+            # or the device's memory.
+            if self._unexplained == self._at:
+                raise error
+            self._unexplained = self._at
+            return
         if len(found) == len(rows):
             path = self._samples.path(rows[0])
             raise DataError(
@@ -291,6 +341,11 @@ def output_names(reader: ModuleType, samples: Any, graph: ModuleType, options: A
 def threads_per_process(processes_here: int) -> int:
     """The cores that this process may use, divided by the processes on this machine, at least 1."""
     return max(1, int(machine.cores_allowed()) // max(1, processes_here))
+
+
+def seed_of(*numbers: int) -> int:
+    """A seed of its own for each tuple of numbers, in the 31 bits that DALI takes."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0] >> 1)
 
 
 class _Wait:

@@ -1,42 +1,41 @@
-"""Writes a packed store: images converted by all cores, in order, whole or not at all.
+"""Writes a tar store: images converted by all cores, in order, taken up again where it was ended.
 
-The layout is described and defined in pipelines/readers/packed.py, which reads it. The same source
-and the same form give the same bytes, however many workers there are. Everything is written under
-`STORE.part`, forced to the disk, and becomes STORE by a rename at the end.
+The layout is described and defined in pipelines/readers/tar_store.py. The same source and the same
+form give the same bytes, however many workers there are and however often packing was interrupted.
+All is written under `STORE.part` (pack_part.py), forced to the disk, read back from it, and becomes
+STORE by a rename at the end.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import importlib
-import io
-import json
-import multiprocessing
 import os
 import shutil
-import signal
-import threading
 import time
-import warnings
-from array import array
-from collections import deque
-from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 from PIL import Image, features
 
 import fastssl
-from fastssl import pack_image
+from fastssl import (
+    image_bytes,
+    pack_image,
+    part_folder,
+    store_heads,
+    store_verify,
+    tar_file,
+    worker_pool,
+)
 from fastssl.pack_image import Form, Packed
+from fastssl.pack_part import Columns, Finished, Part
+from fastssl.store_heads import LAYOUT, Shard
+from fastssl.work_progress import WorkProgress
 
-LAYOUT = "pipelines.readers.packed"
-PROGRESS_SECONDS = 5
 _CHUNK = 8  # images a task of a worker: raw ones of full size are megabytes each
 
 
@@ -47,6 +46,8 @@ class Done:
     images: int
     left_out: dict[str, str]  # names in the source, with the reason
     bytes: int
+    shards: int
+    packed: int  # images of this call; the others were there from the one before
     seconds: float
 
 
@@ -57,107 +58,97 @@ def pack(
     *,
     shard_mb: int,
     workers: int,
+    max_pixels: int = image_bytes.MAX_PIXELS,
     refuse_bad: bool = False,
+    restart: bool = False,
     say: Callable[[str], None] = print,
 ) -> Done:
     """Writes the images of a listing into a new store.
+
+    What is whole of it stays in STORE.part when this fails or is killed, and the same call goes on
+    from there.
 
     Args:
         samples: what a reader's `list_samples` gave; each row a file.
         store: the folder to make.
         form: what images are made into.
-        shard_mb: megabytes (1e6 bytes) that a shard file has at most, unless an image has more.
+        shard_mb: megabytes (1e6 bytes) that a tar has at most, unless an image has more.
         workers: processes.
+        max_pixels: an image that turns out to have more is left out.
         refuse_bad: stop at the first file that cannot be decoded, in place of leaving it out.
+        restart: forget what STORE.part holds.
         say: is called with single lines for the user.
 
     Raises:
-        ValueError: the store is there already or being written, or no file can be decoded.
+        ValueError: the store is there already or being written, STORE.part is of another source or
+            form, no file can be decoded, or what was written is read back otherwise.
         OSError: the disk is full, or cannot be written.
     """
     began = time.monotonic()
     layout = importlib.import_module(LAYOUT)  # pipelines/ is beside us, not beneath
-    with contextlib.ExitStack() as stack:
-        part = stack.enter_context(_part(store))
-        left_out = {_name(samples, row): reason for row, reason in samples.bad.items()}
-        shards = stack.enter_context(
-            contextlib.closing(_Shards(part, layout, shard_mb * 1_000_000))
-        )
-        columns: dict[str, array[int]] = {
-            key: array(dtype.char) for key, dtype in layout.COLUMNS.items() if key != "name"
-        }
-        names = bytearray()
-        clock = _Clock(len(samples.usable), say)
-        results = stack.enter_context(contextlib.closing(_results(samples, form, workers)))
-        for row, result in results:
-            name = _name(samples, row)
-            if isinstance(result, str):
-                if refuse_bad:
-                    raise ValueError(
-                        f"{_shown(samples.path(row))}: {result}; remove it, or leave it out with"
-                        " data.bad=skip"
-                    )
-                left_out[name] = result
-                say(f"pack: leaving out {_shown(name)}: {result}")
-            else:
-                shard, offset = shards.append(result.content)
-                names += os.fsencode(name)
-                label = -1 if samples.labels is None else int(samples.labels[row])
-                entry = {"shard": shard, "offset": offset, "size": len(result.content)}
-                entry |= {"height": result.height, "width": result.width, "label": label}
-                entry |= {"checksum": result.checksum, "name_end": len(names)}
-                for key, value in entry.items():
-                    columns[key].append(value)
-            clock.tick(shards.total)
-        images = len(columns["offset"])
-        if images == 0:
-            few = ", ".join(
-                f"{_shown(name)} ({reason})" for name, reason in list(left_out.items())[:5]
+    about = _about(samples, form, layout)
+    with part_folder.locked(store) as folder:
+        part = Part(folder, _plan(samples, about, shard_mb, max_pixels), restart=restart)
+        try:
+            before = part.finished[-1].position if part.finished else 0
+            if before:
+                say(
+                    f"pack: going on from {folder}: {tar_file.tars(len(part.finished))} with"
+                    f" {before:,} of {len(samples.usable):,} images are done"
+                )
+            behind = _write_shards(
+                part,
+                samples,
+                form,
+                most=shard_mb * 1_000_000,
+                workers=workers,
+                max_pixels=max_pixels,
+                refuse_bad=refuse_bad,
+                say=say,
             )
-            raise ValueError(
-                f"{samples.root}: not one of its {len(left_out):,} images can be decoded: {few}"
-            )
-        shards.finish()
-        content: dict[str, np.ndarray] = {
-            key: np.array(column, layout.COLUMNS[key]) for key, column in columns.items()
-        }
-        content["name"] = np.frombuffer(bytes(names), layout.COLUMNS["name"])
-        manifest = _manifest(samples, form, layout) | {
-            "images": images,
-            "left_out": left_out,
-            "shards": [{"name": name, "bytes": size} for name, size in shards.written],
-            "index": _write_index(part / layout.INDEX, content),
-        }
-        text = json.dumps(manifest, indent=1) + "\n"  # ASCII: names may be no text at all
-        _write(part / layout.MANIFEST, text.encode())
-        total = sum(file.stat().st_size for file in part.rglob("*") if file.is_file())
-    return Done(images, left_out, total, time.monotonic() - began)
+            left_out = {_name(samples, row): reason for row, reason in samples.bad.items()}
+            for each in part.finished:
+                left_out |= each.left_out
+            left_out |= behind
+            images = sum(each.images for each in part.finished)
+            if images == 0:
+                few = [f"{tar_file.shown(k)} ({left_out[k]})" for k in list(left_out)[:5]]
+                raise ValueError(
+                    f"{samples.root}: not one of its {len(left_out):,} images can be decoded:"
+                    f" {', '.join(few)}"
+                )
+            shards = [Shard(e.name, e.bytes, e.sha256, e.images) for e in part.finished]
+            index = store_heads.write_index(part.store / layout.INDEX, part.columns(layout), layout)
+            about |= {"left_out": left_out}
+            store_heads.write_manifest(part.store / layout.MANIFEST, about, shards, index)
+            _read_back(part, layout, workers, say)
+            total = sum(file.stat().st_size for file in part.store.rglob("*") if file.is_file())
+            part_folder.sync(part.store)
+            part.store.rename(store)
+            part_folder.sync(store.parent)
+            shutil.rmtree(folder)
+        except BaseException:
+            if not list(folder.glob("finished/*.json")):
+                shutil.rmtree(folder, ignore_errors=True)  # gives a full disk its space back
+            raise
+    packed = len(samples.usable) - before
+    return Done(images, left_out, total, len(shards), packed, time.monotonic() - began)
 
 
-def check_new(store: Path) -> None:
-    """Whether a store can be made there.
-
-    Raises:
-        ValueError: it cannot; says why.
-    """
-    if os.path.lexists(store):
-        raise ValueError(f"{store} is there already: remove it, or name another folder")
-    if not store.parent.is_dir():
-        raise ValueError(f"{store}: there is no folder {store.parent}: make it, or name another")
-
-
-def _manifest(samples: Any, form: Form, layout: ModuleType) -> dict[str, Any]:
+def _about(samples: Any, form: Form, layout: ModuleType) -> dict[str, Any]:
     """What is known of a store beforehand; no path and no time, so that it is always the same."""
     is_jpeg = form.form == "jpeg"
+    is_new = form.form != "original"
     return {
         "format": layout.FORMAT,
         "version": layout.VERSION,
         "form": form.form,
+        "members": store_heads.NUMBERED,
         "short_side": None if form.square else form.short_side,
         "square": form.square,
         "quality": form.quality if is_jpeg else None,
         "subsampling": pack_image.SUBSAMPLING if is_jpeg else None,
-        "filter": pack_image.FILTER.name.lower(),
+        "filter": pack_image.FILTER.name.lower() if is_new else None,
         "classes": list(samples.classes),
         "source": {"fingerprint": samples.fingerprint, "listed": len(samples)},
         "fastssl": fastssl.__version__,
@@ -166,232 +157,165 @@ def _manifest(samples: Any, form: Form, layout: ModuleType) -> dict[str, Any]:
     }
 
 
-@contextlib.contextmanager
-def _part(store: Path) -> Iterator[Path]:
-    """The folder to write in, which becomes `store` when the block ends and is removed if it fails.
+def _plan(samples: Any, about: dict[str, Any], shard_mb: int, max_pixels: int) -> dict[str, Any]:
+    """All that the store's bytes depend on."""
+    usable = hashlib.sha256(samples.usable.tobytes()).hexdigest()
+    source = [samples.fingerprint, samples.written, usable, max_pixels]
+    form = {key: about[key] for key in ("form", "short_side", "square", "quality")}
+    versions = {key: about[key] for key in ("version", "fastssl", "pillow", "libjpeg_turbo")}
+    return {"source": source, "form": form, "shard size": shard_mb, "version": versions}
 
-    What a pack that was killed has left there is removed. A lock, which the kernel opens when its
-    process ends, tells that from a pack that is at work.
-    """
-    part = store.with_name(f"{store.name}.part")
-    check_new(store)
-    part.mkdir(exist_ok=True)
-    lock = os.open(part, os.O_RDONLY)
-    try:
+
+def _write_shards(
+    part: Part,
+    samples: Any,
+    form: Form,
+    *,
+    most: int,
+    workers: int,
+    max_pixels: int,
+    refuse_bad: bool,
+    say: Callable[[str], None],
+) -> dict[str, str]:
+    """All shards that are not finished yet; returns what is left out and in none of them."""
+    begin = part.finished[-1].position if part.finished else 0
+    usable = samples.usable[begin:]
+    if not len(usable):
+        return {}
+    row_of_store = sum(each.images for each in part.finished)  # rows are counted among the good
+    total = sum(each.bytes for each in part.finished)
+    paths = (
+        [samples.path(row) for row in usable[first : first + _CHUNK].tolist()]
+        for first in range(0, len(usable), _CHUNK)
+    )
+    work = partial(pack_image.pack_all, form=form, max_pixels=max_pixels)
+    left_out: dict[str, str] = {}
+    shard = _Tar(part.store, len(part.finished))
+    with (
+        WorkProgress("pack", len(samples.usable), "images", done=begin, say=say) as bar,
+        contextlib.closing(worker_pool.in_order(work, paths, workers)) as pieces,
+    ):
+        results = (result for piece in pieces for result in piece)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{part} is being written by another process: wait for it") from None
-        if not part.is_dir() or not os.path.samestat(os.fstat(lock), part.stat()):
-            raise ValueError(f"{store} was made by another process just now")
-        try:
-            for left in part.iterdir():
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
-            yield part
-            for folder in (*(each for each in part.iterdir() if each.is_dir()), part):
-                _sync(folder)
-            part.rename(store)
-            _sync(store.parent)
-        except BaseException:
-            shutil.rmtree(part, ignore_errors=True)  # gives a full disk its space back
-            raise
-    finally:
-        os.close(lock)
+            for position, result in enumerate(results, start=begin):
+                row = int(samples.usable[position])
+                name = _name(samples, row)
+                if isinstance(result, str):
+                    if refuse_bad:
+                        raise ValueError(
+                            f"{tar_file.shown(samples.path(row))}: {result}; remove it, or leave it"
+                            " out with data.bad=skip"
+                        )
+                    left_out[name] = result
+                    say(f"pack: leaving out {tar_file.shown(name)}: {result}")
+                else:
+                    label = None if samples.labels is None else int(samples.labels[row])
+                    members = _members(row_of_store, result, label)
+                    if len(shard) and shard.size_with(members) > most:
+                        total += shard.size
+                        part.finish(shard.finish(position, left_out), shard.columns)
+                        shard, left_out = _Tar(part.store, len(part.finished)), {}
+                    shard.append(members, result, os.fsencode(name), label)
+                    row_of_store += 1
+                bar.advance(1, f"{(total + shard.size) / 1e9:.2f} GB")
+            if len(shard):
+                part.finish(shard.finish(len(samples.usable), left_out), shard.columns)
+                left_out = {}
+        finally:
+            shard.close()
+    return left_out
 
 
-class _Shards:
-    """The files that images are appended to; a new one when the next image would not fit."""
+class _Tar:
+    """The tar that is being written, and what the index says of its images."""
 
-    def __init__(self, folder: Path, layout: ModuleType, most: int) -> None:
-        self.written: list[tuple[str, int]] = []  # name and bytes of each file
-        self.total = 0  # bytes
-        self._folder, self._layout, self._most = folder, layout, most
+    def __init__(self, folder: Path, number: int) -> None:
+        self.size = 0  # bytes
+        self.columns = Columns()
+        self._number, self._path = number, folder / f"shard-{number:06d}.tar"
+        self._listed: list[tar_file.Member] = []
+        self._digest = hashlib.sha256()
         self._file: int | None = None
 
-    def append(self, content: bytes) -> tuple[int, int]:
-        """Returns the number of the file, and the offset in it."""
-        if self._file is not None and self._start() + len(content) > self._most:
-            self.finish()
-        if self._file is None:
-            name = f"shard-{len(self.written):05d}.bin"
-            self._file = os.open(self._folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-            self.written.append((name, 0))
-            self._write(self._layout.HEADING)
-        start = self._start()
-        self._write(bytes(start - self.written[-1][1]) + content)
-        return len(self.written) - 1, start
+    def __len__(self) -> int:
+        return len(self.columns)
 
-    def finish(self) -> None:
-        """Forces the last file to the disk."""
-        if self._file is not None:
-            os.fsync(self._file)
-            self.close()
+    def size_with(self, members: dict[str, bytes]) -> int:
+        """Of the whole tar, bytes, if it ended behind these members."""
+        blocks = sum(-(-len(each) // tar_file.BLOCK) + 1 for each in members.values())
+        return self.size + blocks * tar_file.BLOCK + len(tar_file.END)
+
+    def append(
+        self, members: dict[str, bytes], packed: Packed, name: bytes, label: int | None
+    ) -> None:
+        """Writes the members of an image."""
+        start = self.size + tar_file.BLOCK
+        for member, content in members.items():
+            size = len(content)
+            place = tar_file.Member(member, self.size + tar_file.BLOCK, size)
+            self._listed.append(place)
+            self._write(tar_file.header(member, size) + content + tar_file.padding(size))
+        self.columns.append(
+            name,
+            shard=self._number,
+            offset=start + packed.heading,
+            size=len(packed.content) - packed.heading,
+            height=packed.height,
+            width=packed.width,
+            label=-1 if label is None else label,
+            checksum=packed.checksum,
+        )
+
+    def finish(self, position: int, left_out: dict[str, str]) -> Finished:
+        """Ends the tar and forces it to the disk, with DALI's index of it."""
+        self._write(tar_file.END)
+        assert self._file is not None
+        os.fsync(self._file)
+        # What is read back later is to come from the disk.
+        os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_DONTNEED)
+        self.close()
+        index = tar_file.index_text(self._listed)
+        part_folder.write(self._path.with_suffix(".idx"), index)
+        name, digest = self._path.name, self._digest.hexdigest()
+        return Finished(name, self.size, digest, len(self), position, dict(left_out))
 
     def close(self) -> None:
         if self._file is not None:
             os.close(self._file)
             self._file = None
 
-    def _start(self) -> int:
-        """Where the next image begins."""
-        return -(-self.written[-1][1] // self._layout.ALIGNMENT) * self._layout.ALIGNMENT
-
     def _write(self, content: bytes) -> None:
-        assert self._file is not None
+        if self._file is None:
+            self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         rest = memoryview(content)
         while rest:
             rest = rest[os.write(self._file, rest) :]
-        name, size = self.written[-1]
-        self.written[-1] = name, size + len(content)
-        self.total += len(content)
+        self._digest.update(content)
+        self.size += len(content)
 
 
-def _results(
-    samples: Any, form: Form, workers: int
-) -> Generator[tuple[int, Packed | str], None, None]:
-    """The usable rows in order, each with what is to be stored or the reason why not.
+def _members(row: int, packed: Packed, label: int | None) -> dict[str, bytes]:
+    """Of an image, by name: it, and its label."""
+    members = {f"{row:012d}.{packed.extension}": packed.content}
+    if label is not None:
+        members[f"{row:012d}.cls"] = b"%d" % label
+    return members
 
-    No more tasks are under way than keep the workers busy, so that memory does not grow.
+
+def _read_back(part: Part, layout: ModuleType, workers: int, say: Callable[[str], None]) -> None:
+    """Compares what is on the disk with what was to be written.
 
     Raises:
-        ValueError: a worker was killed, as by the kernel for want of memory.
+        ValueError: it is something else; the shards from there on are dropped.
     """
-    # forkserver: the parent has threads of its own, which do not survive a fork. The workers import
-    # the program again (`python -m fastssl.data`), so that nothing heavy is at its top.
-    context = multiprocessing.get_context("forkserver")
-    interrupt = _Interrupt()
-    executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker)
-    pending: deque[tuple[list[int], Future[list[Packed | str]]]] = deque()
-    chunks = (
-        samples.usable[begin : begin + _CHUNK].tolist()
-        for begin in range(0, len(samples.usable), _CHUNK)
-    )
-    try:
-        for chunk in chunks:
-            paths = [samples.path(row) for row in chunk]
-            pending.append((chunk, executor.submit(pack_image.pack_all, paths, form)))
-            if len(pending) > 2 * workers:
-                rows, future = pending.popleft()
-                yield from zip(rows, interrupt.result(future), strict=True)
-        while pending:
-            rows, future = pending.popleft()
-            yield from zip(rows, interrupt.result(future), strict=True)
-    except BrokenProcessPool:
+    for damage in store_verify.damages(part.store, layout, workers=workers, say=say):
+        part.drop(len(part.finished) if damage.shard is None else damage.shard)
         raise ValueError(
-            f"a worker process was killed, perhaps for want of memory: give fewer than"
-            f" --workers {workers}"
-        ) from None
-    finally:
-        executor.shutdown(cancel_futures=True)
-        interrupt.restore()
-
-
-class _Interrupt:
-    """Ctrl-C, told where it does no harm.
-
-    Python raises KeyboardInterrupt between any two of its instructions: also between the taking of
-    a lock of the executor's and the block that gives it back, and then shutdown waits for ever.
-    """
-
-    def __init__(self) -> None:
-        self._asked = threading.Event()
-        self._before = signal.getsignal(signal.SIGINT)
-        # Another handler, or none in a script's background job, is the caller's wish.
-        self._ours = (
-            self._before is signal.default_int_handler
-            and threading.current_thread() is threading.main_thread()
-        )
-        if self._ours:
-            signal.signal(signal.SIGINT, lambda *_: self._asked.set())
-
-    def result(self, future: Future[list[Packed | str]]) -> list[Packed | str]:
-        """What the future gives.
-
-        Raises:
-            KeyboardInterrupt: Ctrl-C was pressed.
-        """
-        while not self._asked.is_set():
-            if wait([future], timeout=0.1).done:
-                return future.result()
-        raise KeyboardInterrupt
-
-    def restore(self) -> None:
-        """The handler that was there before."""
-        if self._ours:
-            signal.signal(signal.SIGINT, self._before)
-
-
-def _begin_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    warnings.simplefilter("ignore")  # Pillow's, on metadata that nobody needs
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A parent that is killed cannot tell its workers, which would wait for tasks for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-class _Clock:
-    """Says how far it is, every few seconds."""
-
-    def __init__(self, images: int, say: Callable[[str], None]) -> None:
-        self._images, self._say = images, say
-        self._began = self._last = time.monotonic()
-        self._done = 0
-
-    def tick(self, size: int) -> None:
-        """One image more; `size` is of all so far, in bytes."""
-        self._done += 1
-        now = time.monotonic()
-        if now - self._last < PROGRESS_SECONDS:
-            return
-        self._last = now
-        rate = self._done / (now - self._began)
-        left = (self._images - self._done) / rate
-        self._say(
-            f"pack: {self._done:,} of {self._images:,} images, {size / 1e9:.2f} GB,"
-            f" {rate:,.0f} images/s, {left / 60:,.0f} min left"
+            f"{part.folder}: what was written is read back otherwise: {damage}: the disk or the"
+            " memory fails; the same command packs from there on again"
         )
 
 
 def _name(samples: Any, row: int) -> str:
-    return os.path.relpath(samples.path(row), samples.root)
-
-
-def _shown(name: str) -> str:
-    """A file's name on a single line, whatever bytes it is made of."""
-    return name if name.isprintable() else ascii(name)
-
-
-def _write_index(folder: Path, content: dict[str, np.ndarray]) -> dict[str, str]:
-    """Writes the columns; returns the SHA-256 of each file."""
-    folder.mkdir()
-    digests: dict[str, str] = {}
-    for name, column in content.items():
-        file = io.BytesIO()
-        np.save(file, column, allow_pickle=False)
-        _write(folder / f"{name}.npy", file.getbuffer())
-        digests[name] = hashlib.sha256(file.getbuffer()).hexdigest()
-    return digests
-
-
-def _write(path: Path, content: bytes | memoryview) -> None:
-    """All of it, on the disk."""
-    with path.open("xb", buffering=0) as file:
-        rest = memoryview(content)
-        while rest:
-            rest = rest[file.write(rest) :]
-        os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    """Forces the names in a folder to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Of an image, from the source's root."""
+    return samples.path(row)[len(os.path.join(samples.root, "")) :]

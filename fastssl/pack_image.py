@@ -1,4 +1,4 @@
-"""One image file made ready for a packed store: decoded, upright, RGB, shrunk, encoded anew.
+"""One image file made ready for a tar store: as it is, or decoded, upright, RGB, shrunk, encoded.
 
 By Pillow, which fastssl needs anyway, decodes every format that training does, and brings the same
 libjpeg-turbo as everybody else: JPEGs decode to the very pixels that DALI gives. Imported by the
@@ -6,12 +6,15 @@ worker processes of fastssl/pack.py, so that it must stay light.
 """
 
 import io
+import os
 import zlib
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+
+from fastssl import image_bytes, tar_file
 
 # Shrinking twice, here and to the crop, blurs twice. Over 40 images of ImageNet at 292 (256), crops
 # of 20-100 % resized to 224 differ from those of the original by 1.1 (1.5) gray levels with
@@ -36,7 +39,8 @@ _TURNS = {
 class Form:
     """What images are made into."""
 
-    form: Literal["jpeg", "raw"] = "jpeg"  # raw: uint8 pixels, nothing to be decoded
+    # original: the file's own bytes; raw: uint8 pixels, nothing to be decoded
+    form: Literal["original", "jpeg", "raw"] = "jpeg"
     short_side: int | None = 292  # pixels; images that are smaller stay as they are. None: all do
     quality: int = 90  # of JPEGs, 1 ... 100
     square: int | None = None  # pixels a side: the middle of every image at that size, raw only
@@ -47,8 +51,13 @@ class Form:
         Raises:
             ValueError: says which values.
         """
-        if self.form not in ("jpeg", "raw"):
-            raise ValueError(f"--form ({self.form}) must be jpeg or raw")
+        if self.form not in ("original", "jpeg", "raw"):
+            raise ValueError(f"--form ({self.form}) must be original, jpeg or raw")
+        if self.form == "original" and self.short_side is not None:
+            raise ValueError(
+                f"--short-side ({self.short_side}) is for --form jpeg or raw: originals stay as"
+                " they are"
+            )
         if self.short_side is not None and self.short_side < 8:
             raise ValueError(f"--short-side ({self.short_side}) must be at least 8, or full")
         if not 1 <= self.quality <= 100:
@@ -56,47 +65,65 @@ class Form:
         if self.square is not None and self.square < 8:
             raise ValueError(f"--square ({self.square}) must be at least 8")
         if self.square is not None and self.form != "raw":
-            raise ValueError("--square is for --form raw: JPEGs have their own sizes, leave it out")
+            raise ValueError(
+                "--square is for --form raw: others have their own sizes, leave it out"
+            )
 
 
 @dataclass(frozen=True)
 class Packed:
     """What is stored of an image."""
 
-    content: bytes
+    content: bytes  # of the member: the image, behind a heading if it is raw
+    heading: int  # bytes
+    extension: str  # of the member's name
     height: int
     width: int
-    checksum: int  # CRC-32 of `content`
+    checksum: int  # CRC-32 of the image
 
 
-def pack(path: str, form: Form) -> Packed:
+def pack(path: str, form: Form, max_pixels: int = image_bytes.MAX_PIXELS) -> Packed:
     """Reads and converts a file.
 
     Raises:
         ValueError: it cannot be decoded; the message is the reason, to be put behind a name.
     """
+    original = _read(path)
+    if form.form == "original":
+        kind = image_bytes.extension(original)
+        height, width = image_bytes.dimensions(original, max_pixels)
+        assert kind is not None  # what has dimensions has a format
+        return Packed(original, 0, kind, height, width, zlib.crc32(original))
     try:
-        with open(path, "rb") as file:
-            original = file.read()
-        content, height, width = _converted(original, form)
+        content, height, width = _converted(original, form, max_pixels)
     except UnidentifiedImageError:  # whose own words hold an address in memory
         raise ValueError("not an image that Pillow can read") from None
     except Exception as error:  # whatever a damaged file makes a decoder raise
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise ValueError(f"cannot be decoded: {' '.join(str(reason).split())}") from None
-    return Packed(content, height, width, zlib.crc32(content))
+    heading = npy_heading(height, width) if form.form == "raw" else b""
+    kind = "npy" if form.form == "raw" else "jpg"
+    return Packed(heading + content, len(heading), kind, height, width, zlib.crc32(content))
 
 
-def pack_all(paths: list[str], form: Form) -> list[Packed | str]:
+def pack_all(paths: list[str], form: Form, max_pixels: int) -> list[Packed | str]:
     """In a worker process: each file, or the reason why not."""
-    Image.MAX_IMAGE_PIXELS = None  # the reader has refused what is too large: data.max_pixels
+    Image.MAX_IMAGE_PIXELS = None  # ours is told by name
     results: list[Packed | str] = []
     for path in paths:
         try:
-            results.append(pack(path, form))
+            results.append(pack(path, form, max_pixels))
         except ValueError as error:
             results.append(str(error))
     return results
+
+
+def npy_heading(height: int, width: int) -> bytes:
+    """What numpy writes before uint8 [H, W, 3] (format 1.0): 128 bytes, so that pixels align."""
+    file = io.BytesIO()
+    said = {"descr": "|u1", "fortran_order": False, "shape": (height, width, 3)}
+    np.lib.format.write_array_header_1_0(file, said)
+    return file.getvalue()
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
@@ -144,8 +171,19 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _converted(original: bytes, form: Form) -> tuple[bytes, int, int]:
+def _read(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            if os.fstat(file.fileno()).st_size > tar_file.LARGEST // 2:  # room for a heading
+                raise ValueError("too large for a tar: 4 GB or more")
+            return file.read()
+    except OSError as error:
+        raise ValueError(f"cannot be read: {error.strerror}") from None
+
+
+def _converted(original: bytes, form: Form, max_pixels: int) -> tuple[bytes, int, int]:
     with Image.open(io.BytesIO(original)) as opened:
+        image_bytes.check_pixels(opened.height, opened.width, max_pixels)  # before any is decoded
         image = shrunk(upright_rgb(opened), form)
         if form.form == "raw":
             return image.tobytes(), image.height, image.width

@@ -28,8 +28,9 @@ from fastssl.representation import represent
 class Options:
     """The kNN probe of a run."""
 
-    root: str | None = None  # folder with train/<class>/ and val/<class>/; null: the folder around
-    # data.root, where that is called train and has a val beside it
+    root: str | None = None  # folder (or s3:// url) with train/<class>/ and val/<class>/, or what
+    # else the reader reads; null: the folder around data.root, where that is called train and has a
+    # val beside it
     every_epochs: int = 0  # 0: before the first step and after the last only
     neighbours: tuple[int, ...] = (20, 200)  # each capped at the number of training images
     temperature: float = 0.07
@@ -59,7 +60,7 @@ class Knn:
 
     def __init__(
         self,
-        root: Path,
+        root: Path | str,
         options: Options,
         *,
         reader: ModuleType,
@@ -74,7 +75,7 @@ class Knn:
         """Lists `root`/train and `root`/val.
 
         Args:
-            root: the folder of both.
+            root: the folder, or s3:// url, of both.
             options: of the probe.
             reader: pipelines/readers/*.
             data: the reader's options; their root and limit are replaced.
@@ -185,10 +186,14 @@ class Knn:
         return feature_ND, label_N, is_counted_N
 
 
-def folder_of(options: Options, data: Any) -> Path | None:
-    """The folder to probe on: as given, or the one around a data.root called train beside a val."""
-    if options.root is not None:
-        return Path(options.root)
+def folder_of(options: Options, data: Any) -> str | None:
+    """The folder to probe on: as given, or the one around a data.root called train beside a val.
+
+    A list is called train.csv beside a val.csv. In an object store nothing is looked for.
+    """
+    if options.root is not None or labelled.is_url(data.root):
+        return options.root
     root = Path(data.root).expanduser()
-    has_val = root.name == "train" and (root.parent / "val").is_dir()
-    return root.parent if has_val else None
+    name = root.stem if root.suffix in labelled.LISTS else root.name
+    has_val = name == "train" and labelled.place(str(root.parent), labelled.SECOND[:2]) is not None
+    return str(root.parent) if has_val else None

@@ -18,9 +18,12 @@ from typing import IO, Any
 
 import yaml
 
-from fastssl import checkpoint
+from fastssl import checkpoint, regrouping
 from fastssl.config import FREE_ON_RESUME, RecipeError, defaults, differences
 
+_FILES = "file list"  # its name in a fingerprint
+# A checkpoint's fingerprint is compared to it, together with the number of processes.
+_FREE = FREE_ON_RESUME | {regrouping.PARTS}
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # Lustre mounted without flock, some NFS
 
 
@@ -75,6 +78,27 @@ def open_run(out: Path, resume: str, values: dict[str, dict[str, Any]]) -> Path 
             " give train.resume=auto"
         )
     return newest or given
+
+
+def load(start: Path, out: Path, resume: str, say: Callable[[str], None]) -> tuple[Path, dict]:
+    """The checkpoint `start` that `open_run` chose, or the one before it where it is damaged.
+
+    Args:
+        start: what `open_run` gave.
+        out: as for `open_run`.
+        resume: as for `open_run`. A checkpoint that is named by its own path is taken or refused.
+        say: told of a damaged one.
+
+    Returns:
+        The path of the checkpoint that was read, and its state.
+
+    Raises:
+        RecipeError: as `checkpoint.load` and `checkpoint.load_newest`.
+    """
+    is_its_own = start.parent.resolve() == (out / "checkpoints").resolve()
+    if Path(resume).is_file() or not (is_its_own or Path(resume).is_dir()):
+        return start, checkpoint.load(start)
+    return checkpoint.load_newest(start, say)
 
 
 def lock(out: Path, *, wait: float = 20.0, say: Callable[[str], None] = print) -> IO[str]:
@@ -156,27 +180,45 @@ def refuse_unwritable(out: Path) -> None:
         )
 
 
-def compare_fingerprint(saved: dict[str, Any], here: dict[str, Any]) -> None:
+def compare_fingerprint(
+    saved: dict[str, Any], here: dict[str, Any], skipped: dict[int, str] | None = None
+) -> None:
     """Check that a run goes on with the very data and batches that it was started with.
 
     Args:
         saved: name of a thing that must not change -> its value, when the checkpoint was written.
+            The number of processes may, and with it the parts of a batch.
         here: the same for this start.
+        skipped: the checkpoint's skip list: what may have been deleted since.
 
     Raises:
         RecipeError: names each that differs, with both values.
     """
+    free = regrouping.may_differ(saved, here)
     unlike = [
         f"  {name}: {saved.get(name, 'missing')} there, {here.get(name, 'missing')} here"
         for name in dict.fromkeys([*saved, *here])
-        if name not in saved or name not in here or saved[name] != here[name]
+        if name not in saved or name not in here or (saved[name] != here[name] and name not in free)
     ]
     if unlike:
         raise RecipeError(
             "the checkpoint cannot be gone on from, since this start differs:\n"
             + "\n".join(unlike)
+            + (_lost(skipped or {}) if saved.get(_FILES) != here.get(_FILES) else "")
             + "\nmake them equal again, or start anew in another folder (train.out=...)"
         )
+
+
+def _lost(skipped: dict[int, str]) -> str:
+    """What to do about files that were deleted or replaced while the run was reading them."""
+    if not skipped:
+        return ""
+    some = "".join(f"\n    {reason}" for reason in list(skipped.values())[:5])
+    return (
+        f"\n  {len(skipped)} that could not be read while training stay skipped; one that was"
+        " deleted or replaced since has to come back first, an image of its name and former size"
+        f" (what it shows does not matter):{some}"
+    )
 
 
 def _is_fresh(out: Path) -> bool:
@@ -247,7 +289,7 @@ def _refuse_other_recipe(
 
 def _unlike(recipe: dict[str, dict[str, Any]], values: dict[str, dict[str, Any]]) -> list[str]:
     """What differs; a key that the saved recipe is too old to have stood at its default."""
-    return differences(recipe, values, FREE_ON_RESUME, unsaid=defaults(values))
+    return differences(recipe, values, _FREE, unsaid=defaults(values))
 
 
 def _finished_at(out: Path) -> str:

@@ -8,6 +8,7 @@ checkpoint (the same command goes on).
 
 import contextlib
 import errno
+import functools
 import math
 import os
 import platform
@@ -47,6 +48,7 @@ from fastssl import (
     optim,
     order,
     probe,
+    regrouping,
     representation,
     run_folder,
     starting,
@@ -56,8 +58,9 @@ from fastssl import (
 )
 from fastssl.config import Recipe
 from fastssl.head_probe import HeadProbe
-from fastssl.loader import DataError, Loader, output_names, threads_per_process
+from fastssl.loader import DataError, Loader, output_names, seed_of, threads_per_process
 from fastssl.loader import Options as LoaderOptions
+from fastssl.memory import Memory
 from fastssl.rehearsal import rehearse, rehearse_probe
 
 COLLAPSED = 0.03  # std of the embeddings, where 1 is spread out and 0 a single point
@@ -90,6 +93,18 @@ def start(load: Callable[[], Recipe]) -> int:
             where = f" (rank {rank} on {platform.node()})" if rank else ""
             print(f"error{where}: {error}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, ValueError) else 1
+    except RuntimeError as error:
+        if not _is_about_the_others(error):
+            raise
+        where = f"rank {starting.environment('RANK', 0)} on {platform.node()}"
+        print(
+            f"error ({where}): the other processes of the run cannot be reached any more: one of "
+            "them has ended, or its machine, and tells why if it can. Started again, the run goes "
+            f"on from its last checkpoint ({str(error).splitlines()[0][:200]})",
+            file=sys.stderr,
+            flush=True,
+        )
+        return 1
     except KeyboardInterrupt:
         print("interrupted while starting: what was saved before is as it was", file=sys.stderr)
         return 130
@@ -231,8 +246,9 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
         until_the_end.enter_context(run_folder.lock(out))
         start = run_folder.open_run(out, options.resume, recipe.values)
         if start is not None:
-            saved = checkpoint.load(start)
-            run_folder.compare_fingerprint(saved["fingerprint"], fingerprint)
+            start, saved = run_folder.load(start, out, options.resume, say)
+            skipped = regrouping.skipped(saved["ranks"])
+            run_folder.compare_fingerprint(saved["fingerprint"], fingerprint, skipped)
 
     # ---- Devices and processes -----------------------------------------------------------------
     accelerator = Accelerator(
@@ -263,10 +279,30 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
     # ---- Data ----------------------------------------------------------------------------------
     micro = batch // options.accumulate
 
+    begun = (0, world)  # the epoch that a start falls into, and the processes it was planned for
+
     def rows_of_step(step: int, rank: int, world: int, batch: int) -> np.ndarray:
         """The listing's rows that a process sees in optimizer step `step` (from 0)."""
         epoch, step = divmod(step, steps_per_epoch)
-        return usable[order.shuffled(len(usable), options.seed, epoch, rank, world, batch)[step]]
+        chunks, seed = samples.chunks, options.seed
+        if chunks is None:
+            plan = order.shuffled(len(usable), seed, epoch, rank, world, batch)
+        elif epoch == begun[0] and world != begun[1]:
+            plan = rest_of_epoch(rank, world, batch)
+        else:
+            plan = order.by_chunks(chunks, seed, epoch, rank, world, batch, samples.window)
+        return usable[plan[step]]
+
+    @functools.lru_cache(maxsize=1)
+    def rest_of_epoch(rank: int, world: int, batch: int) -> np.ndarray:
+        """The places of a process in an epoch that was planned for other processes."""
+        (epoch, before), chunks, seed = begun, samples.chunks, options.seed
+        each = options.batch // before
+        plans = [
+            order.by_chunks(chunks, seed, epoch, other, before, each, samples.window)
+            for other in regrouping.sources(before, rank, world)
+        ]
+        return regrouping.piece(plans, before, rank, world)
 
     def rows(position: int) -> np.ndarray:
         """The rows of this process's micro-batch number `position`."""
@@ -281,7 +317,7 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
         rows,
         batch=micro,
         # Differs between processes, or all would crop alike; global rank, or all machines would.
-        seed=_stream(options.seed, rank),
+        seed=seed_of(options.seed, rank),
         device=device,
         loading=loading,
         say=starting.say,
@@ -301,10 +337,10 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         model, optimizer = accelerator.prepare(objective, optimizer)
     model.train()
-    set_seed(_stream(options.seed, rank))  # dropout and the like differ between processes
+    set_seed(seed_of(options.seed, rank))  # dropout and the like differ between processes
 
     # ---- On from where it stopped --------------------------------------------------------------
-    step = 0
+    step, now = 0, None
     recent: list[tuple[Tensor, dict[str, Tensor]]] = []  # loss and metrics since the last line
     if start is not None:
         saved = saved or checkpoint.load(start)
@@ -312,15 +348,24 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
         optimizer.load_state_dict(saved["optimizer"])
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(saved["scaler"])
-        here = saved["ranks"][rank]
-        loader.resume(here["loader"])
-        checkpoint.set_rng_state(here["rng"])
+        step, ranks = saved["step"], saved["ranks"]
+        if step % steps_per_epoch and "begun" in saved:  # runs older than chunks lack it
+            begun = saved["begun"]
+        if regrouping.is_regrouped(saved["fingerprint"], fingerprint):
+            loader.begin(step * options.accumulate, regrouping.skipped(ranks))
+            set_seed(seed_of(options.seed, rank, step))
+            parts = saved["fingerprint"]["train.accumulate"]
+            pending = regrouping.recent(ranks, parts, options.accumulate)
+            now = regrouping.told(saved["fingerprint"], fingerprint)
+        else:
+            loader.resume(ranks[rank]["loader"])
+            checkpoint.set_rng_state(ranks[rank]["rng"])
+            pending = ranks[rank]["recent"]
         recent = [
             (loss.to(device), {name: value.to(device) for name, value in metrics.items()})
-            for loss, metrics in here["recent"]
+            for loss, metrics in pending
         ]
-        step = saved["step"]
-        del saved
+        del saved, ranks
 
     def save() -> Path:
         """Everything, as of `step`."""
@@ -329,16 +374,19 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
         ]
         here = {"loader": loader.state(), "rng": checkpoint.rng_state(), "recent": pending}
         ranks = distributed.objects_to_first(here, control)
+        held = objective.state_dict()  # of all processes: a bank that is shared out is collected
         if rank != 0:
             return out
+        epoch = step // steps_per_epoch
         state = {
             "step": step,
             "recipe": recipe.values,
             "fingerprint": fingerprint,
-            "objective": objective.state_dict(),
+            "objective": held,
             "optimizer": optimizer.state_dict(),
             "scaler": None if accelerator.scaler is None else accelerator.scaler.state_dict(),
             "ranks": ranks,
+            "begun": (epoch, begun[1] if epoch == begun[0] else world),
         }
         return checkpoint.save(out / "checkpoints", step, state, options.keep)
 
@@ -359,7 +407,7 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
         bad = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
         if bad is not None:
             at = step - 1 - (len(losses) - 1 - bad) // options.accumulate
-            whole = rows_of_step(at, 0, 1, options.batch)  # of all processes
+            whole = np.concatenate([rows_of_step(at, each, world, batch) for each in range(world)])
             raise Diverged(at, losses[bad], whole, samples.path)
         return losses
 
@@ -391,11 +439,21 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
         )
     )
     log.say(learning)
+    for module in objective.modules():
+        if isinstance(module, Memory):
+            log.say(module.summary())
     log.say(
         f"{device}, {accelerator.mixed_precision}, {threads} loader threads a process, run {out}"
     )
     if start is not None:
         log.say(f"going on from {start} (step {step})")
+    if now is not None:
+        log.say(now)
+    if _cannot_restart(world):
+        log.say(
+            "warning: torchrun's restarts (--max-restarts) fail with several processes, unless "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is in its environment and --rdzv-backend is c10d"
+        )
     stop = until_the_end.enter_context(stopping.signals())
     if start is None:
         measure()
@@ -522,6 +580,19 @@ def _is_about_the_disk(error: OSError) -> bool:
     return isinstance(error, checkpoint.CheckpointError) or error.errno in full
 
 
+def _is_about_the_others(error: RuntimeError) -> bool:
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+
+
+def _cannot_restart(world: int) -> bool:
+    """Whether torchrun was asked for restarts after which the processes would not find each other.
+
+    Its store outlives them by default, with the addresses of those that have ended (torch 2.15).
+    """
+    restarts = starting.environment("TORCHELASTIC_MAX_RESTARTS", 0)
+    return world > 1 and restarts > 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
 def _due(step: int, steps_per_epoch: int, every_epochs: int) -> bool:
     return every_epochs > 0 and step % (steps_per_epoch * every_epochs) == 0
 
@@ -542,7 +613,7 @@ def _greatest(value: float, device: torch.device) -> float:
 def _head_probe(
     recipe: Recipe,
     classes: tuple[str, ...],
-    folder: Path,
+    folder: str,
     loading: LoaderOptions,
     say: Callable[[str], None],
 ) -> HeadProbe:
@@ -568,11 +639,6 @@ def _last_words(out: Path, log: journal.Journal, before: str) -> None:
             f"trained {last['accuracy']:.1%}"
         )
     log.say(f"done: {out}/backbone.safetensors, {out}/backbone.json, {out}/metrics.jsonl")
-
-
-def _stream(seed: int, rank: int) -> int:
-    """A seed of its own for each process, in the 31 bits that DALI takes."""
-    return int(np.random.SeedSequence((seed, rank)).generate_state(1)[0] >> 1)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,14 @@ class Decoding(Protocol):
     def hw_decoder_load(self) -> float: ...  # part of a batch for the GPU's JPEG engines, if any
     @property
     def region(self) -> bool: ...  # decode only the part that a graph's one crop needs
+    @property
+    def decoder_width(self) -> int: ...  # pixels of the largest image, for the engines; 0: unknown
+    @property
+    def decoder_height(self) -> int: ...
+    @property
+    def decoder_device_mib(self) -> int: ...  # MiB a thread that a GPU's decoder sets aside
+    @property
+    def decoder_host_mib(self) -> int: ...  # MiB of pinned memory, likewise
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from pipelines import cpu_kernels
 from pipelines.images import Decoded, Device, Encoded, Image
 
 Range = Sequence[float]  # least and greatest
+MIB = 2**20  # bytes
 
 
 def decode(image: Image, device: Device) -> Decoded:
@@ -30,6 +31,10 @@ def decode(image: Image, device: Device) -> Decoded:
             device="mixed",
             output_type=DALIImageType.RGB,
             hw_decoder_load=image.decoding.hw_decoder_load,
+            preallocate_width_hint=image.decoding.decoder_width,
+            preallocate_height_hint=image.decoding.decoder_height,
+            device_memory_padding=image.decoding.decoder_device_mib * MIB,
+            host_memory_padding=image.decoding.decoder_host_mib * MIB,
         )
     else:
         pixels = on(fn.decoders.image(image.data, output_type=DALIImageType.RGB), device)
@@ -47,6 +52,10 @@ def _decode_part(image: Encoded, start: DataNode, shape: DataNode, device: Devic
             device="mixed",
             output_type=DALIImageType.RGB,
             hw_decoder_load=image.decoding.hw_decoder_load,
+            preallocate_width_hint=image.decoding.decoder_width,
+            preallocate_height_hint=image.decoding.decoder_height,
+            device_memory_padding=image.decoding.decoder_device_mib * MIB,
+            host_memory_padding=image.decoding.decoder_host_mib * MIB,
         )
     else:
         pixels = fn.decoders.image_slice(

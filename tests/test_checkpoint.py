@@ -1,6 +1,7 @@
 """Checkpoints: back bit for bit, whole or not there, and never trusted when damaged."""
 
 import contextlib
+import errno
 import pickle
 import random
 import resource
@@ -251,6 +252,51 @@ def test_a_damaged_checkpoint_names_the_one_before(tmp_path):
         checkpoint.load(tmp_path / "step-00000020.pt")
     with pytest.raises(RecipeError, match="there is none before it: delete it and start anew"):
         checkpoint.load(tmp_path / "step-00000010.pt")
+
+
+@pytest.mark.parametrize("damaged", [(), (30,), (30, 20), (20,)])
+def test_the_newest_whole_checkpoint_is_loaded_and_each_damaged_one_told(tmp_path, damaged):
+    paths = {step: checkpoint.save(tmp_path, step, {"step": step}, keep=3) for step in (9, 20, 30)}
+    for step in damaged:
+        paths[step].write_bytes(paths[step].read_bytes()[:-1])
+    said: list[str] = []
+    path, state = checkpoint.load_newest(paths[30], said.append)
+    passed = [step for step in damaged if 30 in damaged]
+    wanted = {0: 30, 1: 20, 2: 9}[len(passed)]
+
+    assert (path, state["step"]) == (paths[wanted], wanted)
+    assert len(said) == bool(passed)
+    assert all(paths[step].name in said[0] for step in passed)
+    assert all(f"going on from the checkpoint before, {path.name}" in line for line in said)
+
+
+def test_a_checkpoint_that_is_none_of_ours_is_refused_and_not_passed_over(tmp_path):
+    checkpoint.save(tmp_path, 10, {"step": 10}, keep=2)
+    path = tmp_path / "step-00000020.pt"
+    torch.save(torch.zeros(2), path)
+    data = path.read_bytes()
+    path.write_bytes(data[:-2] + b"\x16\x00fastssl crc32 %08x" % zlib.crc32(data))
+
+    with pytest.raises(RecipeError, match="is not a checkpoint of fastssl: it holds Tensor"):
+        checkpoint.load_newest(path, print)
+
+
+def test_a_disk_that_fails_on_the_newest_checkpoint_gives_the_one_before(tmp_path, monkeypatch):
+    older, newer = (checkpoint.save(tmp_path, step, {"step": step}, keep=2) for step in (1, 2))
+    usual = checkpoint._is_sealed
+
+    def fail(path: Path) -> bool:  # as a bad sector does
+        if path == newer:
+            raise OSError(errno.EIO, "Input/output error")
+        return usual(path)
+
+    monkeypatch.setattr(checkpoint, "_is_sealed", fail)
+    with pytest.raises(RecipeError, match=r"00002.pt cannot be read: Input/output error"):
+        checkpoint.load(newer)
+    said: list[str] = []
+
+    assert checkpoint.load_newest(newer, said.append)[0] == older
+    assert len(said) == 1
 
 
 def test_a_missing_checkpoint_is_named(tmp_path):

@@ -12,10 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.utils import DistributedType
 
-from fastssl import journal
+from fastssl import checkpoint, journal
 
 FOLDER = Path(__file__).resolve().parents[1] / "recipes" / "cluster"
 CONFIGS = sorted(FOLDER.glob("*.yaml"))
@@ -150,6 +151,14 @@ def test_two_machines_crop_the_same_image_differently(two_machines):
     assert not ours & others
 
 
+def test_two_machines_take_random_numbers_of_their_own(two_machines):
+    (saved,) = (two_machines / "run" / "checkpoints").iterdir()
+    streams = [here["rng"]["torch"] for here in checkpoint.load(saved)["ranks"]]
+
+    assert len(streams) == 2
+    assert not torch.equal(*streams)
+
+
 def test_two_machines_write_the_metrics_once(two_machines):
     lines = list(journal.read(two_machines / "run"))
     training = [line["step"] for line in lines if "probe" not in line]
@@ -186,6 +195,7 @@ def test_accelerate_reads_the_file_and_leaves_precision_to_the_recipe(path):
 STAND_INS = {
     "srun": """
         printf '%s\\n' "$@" > asked/srun
+        echo "$TORCH_DISABLE_SHARE_RDZV_TCP_STORE" > asked/store
         case $MEANWHILE in done) exit 0 ;; failed) exit 1 ;; esac
         trap 'exit 1' TERM
         echo $$ > asked/pid
@@ -252,6 +262,8 @@ def test_a_job_that_is_done_or_failed_is_not_queued_again(sbatch, tmp_path, mean
     assert not (tmp_path / "asked" / "requeue").exists()
     assert words[-3:] == ["fastssl/train.py", "some.yaml", "train.out=a folder"]
     assert "--rdzv_endpoint=first:24711" in words
+    assert "--max_restarts=2" in words
+    assert (tmp_path / "asked" / "store").read_text() == "1\n"  # else no restart succeeds
 
 
 def test_a_job_out_of_time_asks_the_steps_to_stop_and_is_queued_again(sbatch, tmp_path):

@@ -393,9 +393,9 @@ def test_a_wrong_type_says_what_to_write(path: Path, written: str, said: str):
         (
             "demo:",
             "loader: {threads: 0}\ndemo:",
-            "loader: threads (0) must be at least 1, or null for a share of the cores",
+            "loader: threads (0) must be in 1 ... 1024, or null for a share of the cores",
         ),
-        ("demo:", "loader: {prefetch: 0}\ndemo:", "loader: prefetch (0) must be at least 1"),
+        ("demo:", "loader: {prefetch: 0}\ndemo:", "loader: prefetch (0) must be in 1 ... 1024"),
         (
             "demo:",
             "loader: {hw_decoder_load: 1.5}\ndemo:",
@@ -530,7 +530,7 @@ def test_a_module_that_fails_inside_is_not_called_missing(
             "demo.train.epochs: only a file has a demo section; write for example",
         ),
         ("train.threads=4", "train.threads: unknown key; did you mean 'loader.threads'?"),
-        ("loader.threads=0", "loader: threads (0) must be at least 1, or null for a share"),
+        ("loader.threads=0", "loader: threads (0) must be in 1 ... 1024, or null for a share"),
         ("train.epochs=0", "train: epochs (0) must be at least 1"),
         ("train.out=a #b", "train.out: of 'a #b' YAML reads 'a'; write 'a #b' in quotes"),
         ("train.out=#b", "train.out: of '#b' YAML reads nothing; write '#b' in quotes"),

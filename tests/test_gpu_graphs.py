@@ -5,7 +5,9 @@ looked up in DALI's registry.
 """
 
 import importlib
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +25,8 @@ GRAPHS = sorted(
     for path in (CHECKOUT / "pipelines").glob("*.py")
     if "\ndef graph(" in path.read_text()
 )
+MEMORY = ("preallocate_width_hint", "preallocate_height_hint")
+MEMORY += ("device_memory_padding", "host_memory_padding")
 RECIPES = sorted(path.stem for path in (CHECKOUT / "recipes").glob("*.yaml"))
 
 
@@ -48,6 +52,18 @@ def operators_of(pipeline: Pipeline) -> list[tuple[str, str]]:
     # The source has no schema: it is Python's, and feeds the CPU side.
     made = [each._op for each in pipeline._ops or []]
     return [(op.schema_name, op.device) for op in made if not isinstance(op, ExternalSource)]
+
+
+def decoders_of(pipeline: Pipeline) -> list[str]:
+    """The operators that decode on the GPU, with their arguments, as DALI prints them."""
+    made = [each._op for each in pipeline._ops or [] if not isinstance(each._op, ExternalSource)]
+    return [str(op.spec) for op in made if op.device == "mixed"]
+
+
+def memory_of(spec: str) -> list[int]:
+    """What a decoder is told to set aside."""
+    found = dict(re.findall(r"^ *(\w+): (\d+)$", spec, re.MULTILINE))
+    return [int(found[name]) for name in MEMORY]
 
 
 def without_kernel(pipeline: Pipeline) -> list[tuple[str, str]]:
@@ -94,6 +110,21 @@ def test_every_way_to_store_and_decode_has_kernels_on_the_gpu(name, stored):
 
     assert without_kernel(pipeline) == []
     assert bool(mixed) == (stored == {"region": False})
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_a_graph_s_gpu_decoder_sets_aside_what_the_recipe_says(name):
+    module = importlib.import_module(f"pipelines.{name}")
+    room: dict[str, Any] = {"decoder_width": 5980, "decoder_height": 6430}
+    room |= {"decoder_device_mib": 202, "decoder_host_mib": 135}
+    told = decoders_of(on_the_gpu(module.graph, module.Options(), **room))
+    untold = decoders_of(on_the_gpu(module.graph, module.Options()))
+    schema = backend.GetSchema("decoders__Image")  # pyright: ignore[reportAttributeAccessIssue]
+    as_ever = [int(schema.GetArgumentDefaultValueString(name)) for name in MEMORY]
+
+    assert told
+    assert all(memory_of(spec) == [5980, 6430, 202 * 2**20, 135 * 2**20] for spec in told)
+    assert [memory_of(spec) for spec in untold] == [as_ever] * len(told)
 
 
 @pytest.mark.parametrize("overrides", [(), ("data.root=/somewhere",)], ids=["demo", "paper"])

@@ -190,6 +190,41 @@ def test_a_file_deleted_while_training_is_skipped(images):
     assert ["005.jpg" in line for line in said] == [True]
 
 
+@pytest.mark.parametrize("damage", [Path.unlink, damage], ids=["deleted", "damaged"])
+def test_a_file_lost_after_it_was_given_does_not_hinder_the_skipping_of_another(images, damage):
+    said = []
+    batches = loader(listing(images), said=said)
+    seen = torch.cat([batch["index"] for batch in take(batches, 2)]).tolist()
+    first, unseen = seen[0], next(row for row in range(COUNT) if row not in seen)
+    for row in (first, unseen):  # the second's batch is made anew, and so are those before it
+        damage(images / f"{row:03}.jpg")
+    take(batches, 10)
+
+    assert sorted(batches.skipped) == sorted([first, unseen])
+    assert len(said) == 2
+
+
+def test_a_disk_that_fails_for_a_moment_costs_no_image(images, monkeypatch):
+    samples, usual = listing(images), Loader._failures
+    wanted = take(loader(samples), 8)
+    aside = images.with_name("aside")
+
+    def back_again(self, rows):
+        if aside.exists():
+            aside.rename(images)
+        return usual(self, rows)
+
+    monkeypatch.setattr(Loader, "_failures", back_again)
+    said = []
+    batches = loader(samples, said=said)
+    first = take(batches, 1)
+    images.rename(aside)
+
+    assert_same(first + take(batches, 7), wanted)
+    assert not aside.exists()  # it did fail
+    assert (batches.skipped, said) == ({}, [])
+
+
 def test_a_folder_that_vanishes_while_training_is_an_error_that_names_it(images):
     batches = loader(listing(images))
     take(batches, 1)
@@ -314,10 +349,16 @@ def test_region_and_whole_decoding_give_the_same_crops_of_a_jpeg(tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"threads": 0}, "threads (0) must be at least 1, or null for a share of the cores"),
-        ({"prefetch": -1}, "prefetch (-1) must be at least 1"),
+        ({"threads": 0}, "threads (0) must be in 1 ... 1024, or null for a share of the cores"),
+        ({"threads": 2**70}, "must be in 1 ... 1024, or null for a share of the cores"),
+        ({"prefetch": -1}, "prefetch (-1) must be in 1 ... 1024"),
         ({"decoder": "gpu"}, "decoder ('gpu') must be auto or cpu"),
         ({"hw_decoder_load": -0.1}, "hw_decoder_load (-0.1) must be in 0 ... 1"),
+        ({"decoder_width": -1, "decoder_height": 9}, "decoder_width (-1) must be in 0 ... 65535"),
+        ({"decoder_width": 9, "decoder_height": 65_536}, "decoder_height (65536) must be in 0 ..."),
+        ({"decoder_width": 9}, "decoder_width (9) and decoder_height (0) go together: give both"),
+        ({"decoder_device_mib": 2048}, "decoder_device_mib (2048) must be in 0 ... 2047 MiB"),
+        ({"decoder_host_mib": -1}, "decoder_host_mib (-1) must be in 0 ... 2047 MiB"),
     ],
 )
 def test_settings_that_can_not_be_are_refused_with_the_remedy(wrong, message):

@@ -223,7 +223,8 @@ def train(objective: Any, model: nn.Module, tensors: dict[str, Tensor], part: sl
     """Three steps on `part` of every batch of four: losses, and the state at the end.
 
     The objective comes in float64: in float32 three steps through ReLUs carry the order of a sum
-    into the third digit of a small weight, on one machine and not on another. Batch norm uses its running statistics and dropout is off: the one sees a process's own images
+    into the third digit of a small weight, on one machine and not on another. Batch norm uses its
+    running statistics and dropout is off: the one sees a process's own images
     (train.sync_batchnorm joins them, on GPUs), the other draws for each process.
     """
     for module in objective.modules():

@@ -206,4 +206,4 @@ def test_the_folder_around_train_is_probed_where_it_has_a_val(data):
     named = probe.folder_of(probe.Options(root="/x"), folder.Options(root=str(data / "train")))
     none = probe.folder_of(probe.Options(), folder.Options(root=str(data / "val")))
 
-    assert (inferred, named, none) == (data, Path("/x"), None)
+    assert (inferred, named, none) == (str(data), "/x", None)

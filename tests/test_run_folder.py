@@ -358,3 +358,63 @@ def test_everything_that_differs_from_the_checkpoint_is_named():
         "  reader: missing there, b here",
         "make them equal again, or start anew in another folder (train.out=...)",
     ]
+
+
+PARTS = {"processes": 4, "train.accumulate": 1, "train.batch": 64, "file list": "3f"}
+
+
+def test_another_number_of_processes_may_go_on_and_the_parts_of_a_batch_may_make_up_for_it():
+    for processes, parts in ((2, 1), (8, 1), (2, 2), (1, 4)):
+        here = {**PARTS, "processes": processes, "train.accumulate": parts}
+        run_folder.compare_fingerprint(PARTS, here)
+    with pytest.raises(RecipeError, match=r"train.accumulate: 1 there, 2 here"):
+        run_folder.compare_fingerprint(PARTS, {**PARTS, "train.accumulate": 2})
+    with pytest.raises(RecipeError, match=r"file list: 3f there, 77 here") as error:
+        run_folder.compare_fingerprint(PARTS, {**PARTS, "processes": 2, "file list": "77"})
+    assert "processes" not in str(error.value)
+
+
+def test_other_parts_of_a_batch_are_no_other_recipe(tmp_path):
+    out = a_run(tmp_path / "run", 100, values=recipe(accumulate=1))
+
+    assert run_folder.open_run(out, "auto", recipe(accumulate=2)) is not None
+
+
+def test_what_was_skipped_while_training_is_told_where_the_file_list_differs():
+    skipped = {number: f"/images/{number}.jpg: gone" for number in range(7)}
+    with pytest.raises(RecipeError, match="7 that could not be read while training") as error:
+        run_folder.compare_fingerprint(PARTS, {**PARTS, "file list": "77"}, skipped)
+    assert str(error.value).count(".jpg: gone") == 5
+    with pytest.raises(RecipeError, match=r"train.batch: 64 there, 8 here") as error:
+        run_folder.compare_fingerprint(PARTS, {**PARTS, "train.batch": 8}, skipped)
+    assert "while training" not in str(error.value)
+
+
+def damage(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize("resume", ["auto", "FOLDER", "ELSEWHERE"])
+def test_a_damaged_last_checkpoint_gives_way_to_the_one_before(tmp_path, resume):
+    run = a_run(tmp_path / "run", 90, 100)
+    damage(run / "checkpoints" / "step-00000100.pt")
+    out = tmp_path / "new" if resume == "ELSEWHERE" else run
+    named = "auto" if resume == "auto" else str(run)
+    start = run_folder.open_run(out, named, VALUES)
+    assert start is not None
+    said: list[str] = []
+    path, state = run_folder.load(start, out, named, said.append)
+
+    assert (path.name, state) == ("step-00000090.pt", {"step": 90})
+    assert len(said) == 1
+
+
+def test_a_damaged_checkpoint_that_was_named_is_refused_with_the_one_before(tmp_path):
+    run = a_run(tmp_path / "run", 90, 100)
+    named = run / "checkpoints" / "step-00000100.pt"
+    damage(named)
+    for out in (run, tmp_path / "new"):
+        start = run_folder.open_run(out, str(named), VALUES)
+        assert start is not None
+        with pytest.raises(RecipeError, match=r"goes on from the one before, step-00000090.pt"):
+            run_folder.load(start, out, str(named), print)

@@ -57,7 +57,7 @@ def test_a_sentence_names_slope_shape_and_the_greatest_cost():
 
 def test_the_command_measures_what_is_asked_and_writes_it(tmp_path, capsys):
     out = tmp_path / "scale.json"
-    what = ["images", "bank", "negatives", "permutations", "patches"]
+    what = ["images", "entries", "bank", "negatives", "permutations", "patches"]
     code = main(["scale", *what, "--quick", "--threads=1", f"--out={out}", "--note=a test"])
     written = result.read(out)
     printed = capsys.readouterr().out
@@ -73,6 +73,7 @@ def test_the_command_measures_what_is_asked_and_writes_it(tmp_path, capsys):
     assert all(sentence in printed for sentence in written.conclusions)
     names = {row.name for row in written.rows}
     assert {"order of an epoch", "listing, every header read", "lookup and update"} <= names
+    assert {"entries, every header read", "entries kept, trust, seconds"} <= names
     assert {"set computed", "draw from all orders", "patches cut and coloured"} <= names
 
 
@@ -151,6 +152,18 @@ def test_made_up_listings_have_names_of_their_own_in_sorted_order():
     assert len(set(names)) == 1234
     assert names == sorted(names)
     assert names[-1] == b"n00000000/n00000000_000000001233.JPG"
+
+
+def test_entries_are_links_of_one_image_and_are_found_again(tmp_path):
+    point = Point(size=30, repeats=1, entries=str(tmp_path))
+    found = {each.name: each for each in scale_points.entries(point)}
+    files = list((tmp_path / "images-30").rglob("*.png"))
+
+    assert len(files) == 30
+    assert len({file.stat().st_ino for file in files}) == 1
+    assert len(found["entries kept, of two processes, PSS"].values) == 2
+    assert found["entries, every header read"].values[0] > 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache-30", "images-30"]
 
 
 def test_the_tiny_file_is_a_real_image(tmp_path):

@@ -56,9 +56,9 @@ def stages_of(**rates: float) -> dict[str, Measured]:
         (
             {"step": 8000.0, "loader": 800.0},
             GPU,
-            "The loader binds (G 8,000 images/s, L 800): the GPU waits 90% of the time; a packed"
-            " store (python -m fastssl.data pack), more cores or other settings of the decoder"
-            " (python -m benchmarks tune) would move it.",
+            "The loader binds (G 8,000 images/s, L 800): the GPU waits 90% of the time; a store of"
+            " smaller images (python -m fastssl.data pack --short-side 292), more cores or other"
+            " settings of the decoder (python -m benchmarks tune) would move it.",
         ),
         (
             {"step": 100.0},
@@ -70,7 +70,7 @@ def stages_of(**rates: float) -> dict[str, Measured]:
         (
             {"step": 1000.0, "read": 300.0},
             GPU,
-            "The loader binds (G 1,000 images/s, L 250): the GPU waits 75% of the time; a packed"
+            "The loader binds (G 1,000 images/s, L 250): the GPU waits 75% of the time; a tar"
             " store in place of reading file by file from the page cache"
             " (python -m fastssl.data pack) would move it.",
         ),
@@ -99,12 +99,12 @@ def test_a_loader_with_fewer_threads_than_cores_is_told_of_the_others():
 def test_stored_pixels_are_not_told_to_be_packed_and_warm_reading_not_to_need_storage(where):
     slow = {"step": 5000.0, "read": 300.0, "decode": 300.0}
     files, *_ = binding.conclusions(stages_of(**slow), where)
-    packed, *_ = binding.conclusions(stages_of(**slow), replace(where, together=True))
+    stored, *_ = binding.conclusions(stages_of(**slow), replace(where, together=True))
     pixels, *_ = binding.conclusions(stages_of(**slow), replace(where, pixels=True, together=True))
 
-    assert "storage" not in files + packed + pixels
+    assert "storage" not in files + stored + pixels
     assert "reading file by file from the page cache (python -m fastssl.data pack)" in files
-    assert "file by file" not in packed
+    assert "file by file" not in stored
     assert "pack" not in pixels
 
 
@@ -477,7 +477,7 @@ def test_memory_and_seconds_are_rows_that_compare_tells_apart():
     ]
 
 
-def test_packed_stores_of_both_forms_are_measured_and_no_stage_passes_pointers_only(
+def test_tar_stores_of_both_forms_are_measured_and_no_stage_passes_pointers_only(
     damaged, environ, checkout, tmp_path_factory
 ):
     folder = tmp_path_factory.mktemp("stores")
@@ -485,7 +485,7 @@ def test_packed_stores_of_both_forms_are_measured_and_no_stage_passes_pointers_o
     command = [sys.executable, "-m", "benchmarks", "stages", "recipes/rotation.yaml"]
     small = ["pipeline.image_size=32", "evaluation.resize=40", "evaluation.crop=32"]
     small += ["backbone.name=resnet10", "backbone.width=8", "train.batch=4", "loader.threads=1"]
-    small += ["data.use=pipelines.readers.packed", "--quick", "--threads", "2"]
+    small += ["data.use=pipelines.readers.tar", "--quick", "--threads", "2"]
     running = {}
     for form in ("jpeg", "raw"):
         store = folder / form
@@ -522,7 +522,7 @@ def test_reading_from_a_store_gives_bytes_of_its_own(damaged, checkout, tmp_path
     (damaged / "12.png").unlink()
     store = tmp_path_factory.mktemp("stores") / "jpeg"
     assert data.main(["pack", str(damaged), str(store), "--workers", "1"]) == 0
-    overrides = ["data.use=pipelines.readers.packed", f"data.root={store}"]
+    overrides = ["data.use=pipelines.readers.tar", f"data.root={store}"]
     recipe = config.load(checkout / "recipes" / "rotation.yaml", overrides)
     samples = recipe.data.module.list_samples(recipe.data.options, cache=None, say=print)
     loading = Options(threads=1)

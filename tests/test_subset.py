@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from fastssl import data
-from pipelines.readers import folder, packed, subset
+from pipelines.readers import folder, subset, tar
 
 PINNED = ["ant/05.jpg", "bee/09.jpg", "cat/01.jpg"]
 SIZES = {"ant": 25, "bee": 10, "cat": 3}  # images of each class
@@ -28,7 +28,7 @@ def images(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def store(images, tmp_path_factory) -> Path:
-    target = tmp_path_factory.mktemp("store") / "packed"
+    target = tmp_path_factory.mktemp("store") / "tar"
     assert data.main(["pack", str(images), str(target), "--workers", "1"]) == 0
     return target
 
@@ -61,7 +61,7 @@ def test_k_of_every_class_are_k_of_every_class(images):
 
 def test_a_folder_and_the_store_packed_from_it_give_the_same_files(images, store):
     for options in ({"fraction": 0.3}, {"per_class": 2, "subset_seed": 5}):
-        here, there = listed(folder, images, **options), listed(packed, store, **options)
+        here, there = listed(folder, images, **options), listed(tar, store, **options)
 
         assert names(here) == names(there)
         assert here.labels.tolist() == there.labels.tolist()
@@ -122,7 +122,7 @@ def test_bad_files_are_not_taken(images, tmp_path):
     assert listed(folder, tmp_path, fraction=0.5).fingerprint != samples.fingerprint
 
 
-@pytest.mark.parametrize("reader", [folder, packed])
+@pytest.mark.parametrize("reader", [folder, tar])
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -141,7 +141,7 @@ def test_options_that_cannot_be_are_refused_by_name(reader, options, message):
 
 
 def test_too_few_images_name_the_class(images, store):
-    for reader, root in ((folder, images), (packed, store)):
+    for reader, root in ((folder, images), (tar, store)):
         with pytest.raises(ValueError, match=r"data.per_class \(4\): class cat in .* has 3 images"):
             listed(reader, root, per_class=4)
 

@@ -158,7 +158,7 @@ def test_images_of_a_store_are_nothing_for_who_reads_files(images, tmp_path, cap
     listing = folder.Options(root=str(images), limit=8)
     samples = folder.list_samples(listing, cache=None, say=print)
     pack.pack(samples, tmp_path / "store", Form(short_side=64), shard_mb=1, workers=1)
-    data = ["--data", str(tmp_path / "store"), "data.use=pipelines.readers.packed"]
+    data = ["--data", str(tmp_path / "store"), "data.use=pipelines.readers.tar"]
     code = main(["tasks", "supervised", *data, *QUICK])
     printed = capsys.readouterr().out
 

@@ -18,25 +18,8 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from fastssl import checkpoint, journal, train
-
-# Forty images, five steps an epoch, a backbone of 1,500 weights.
-SMALL = [
-    "pipeline.image_size=32",
-    "pipeline.patches_crop=48",
-    "pipeline.patch=12",
-    "evaluation.resize=36",
-    "evaluation.crop=32",
-    "objective.negatives=16",
-    "optim.lr=0.05",
-    "optim.lr_batch=8",
-    "train.batch=8",
-    "train.epochs=3",
-    "train.log_steps=1",
-    "train.checkpoint_steps=4",
-    "probe.batch=16",
-]
-STEPS = 15
+from fastssl import checkpoint, train
+from tests.small_run import SMALL, STEPS, assert_same_run, lines, newest, stop_at
 
 
 @pytest.fixture(scope="module")
@@ -69,56 +52,6 @@ def whole(recipe, data, tmp_path_factory) -> Path:
     code = train.main([str(recipe), f"data.root={data / 'train'}", *SMALL, f"train.out={out}"])
     assert code == 0
     return out
-
-
-def lines(out: Path, probes: bool = False) -> list[dict]:
-    return [line for line in journal.read(out) if ("probe" in line) == probes]
-
-
-def newest(out: Path) -> Path:
-    found = checkpoint.latest(out / "checkpoints")
-    assert found is not None
-    return found
-
-
-def assert_same_run(out: Path, other: Path) -> None:
-    """Losses and weights bit for bit, and everything else that a checkpoint holds."""
-    kept = [[(line["step"], line["loss"]) for line in lines(run)] for run in (out, other)]
-    assert kept[0] == kept[1]
-    weights = [load_file(run / "backbone.safetensors") for run in (out, other)]
-    assert weights[0].keys() == weights[1].keys()
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    states = [checkpoint.load(run / "checkpoints" / f"step-{STEPS:08d}.pt") for run in (out, other)]
-    for part in ("objective", "optimizer", "ranks"):
-        assert_equal(states[0][part], states[1][part])
-
-
-def assert_equal(some, other) -> None:
-    assert type(some) is type(other)
-    if isinstance(some, dict):
-        assert some.keys() == other.keys()
-        for key in some:
-            assert_equal(some[key], other[key])
-    elif isinstance(some, list | tuple):
-        assert len(some) == len(other)
-        for one, two in zip(some, other, strict=True):
-            assert_equal(one, two)
-    elif isinstance(some, torch.Tensor):
-        assert torch.equal(some, other)
-    else:
-        assert some == other
-
-
-def stop_at(monkeypatch, step: int, number: signal.Signals = signal.SIGTERM) -> None:
-    """Has a signal arrive in the middle of a run, right after `step`."""
-    usual = journal.Journal.step
-
-    def signalled(self, now: int) -> None:
-        usual(self, now)
-        if now == step:
-            os.kill(os.getpid(), number)
-
-    monkeypatch.setattr(journal.Journal, "step", signalled)
 
 
 # ---- What a run leaves behind ------------------------------------------------------------------
@@ -518,23 +451,6 @@ def test_another_recipe_another_batch_or_another_file_list_is_refused_by_name(
     after = sorted((p, p.stat().st_mtime_ns) for p in stopped.rglob("*") if p.name != ".lock")
     assert after == [each for each in before if each[0].name != ".lock"]
     assert train.main(command()) == 0  # nothing was lost
-
-
-def test_another_number_of_processes_is_refused_by_name(
-    stopped, command, checkout, environ, tmp_path
-):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*launcher, checkout / "fastssl" / "train.py", *command()],
-        env=environ,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-    assert done.returncode == 1  # torchrun's
-    assert done.stderr.count("processes: 1 there, 2 here") == 1
 
 
 def test_never_resuming_refuses_a_folder_in_use(stopped, command, capsys):

@@ -2,9 +2,12 @@
 
 A reader file offers
     Options                               a frozen dataclass: what a recipe may set under `data`;
-                                          `root`, `bad` and `limit` among it
+                                          `root`, `bad`, `limit`, `fraction`, `per_class`,
+                                          `subset_seed` and `quarantine` among it
     list_samples(options, *, cache, say)  every image as a row, with its class and its state: the
-                                          `Samples` described in `pipelines.readers.folder`
+                                          `Samples` described in `pipelines.readers.folder`; with
+                                          `chunks`, where images that lie together are best read
+                                          together (`pipelines.readers.tar`)
     source(samples, rows, decoding)       inside a DALI graph: (image, index); rows(step) tells
                                           which rows, int64 [batch], to read for a step; the image
                                           is one of `pipelines.images`, to be decoded as `decoding`

@@ -9,6 +9,7 @@ import os
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 HEAD = 4096  # bytes read at once: holds the dimensions of most files, and is one page
 
@@ -33,7 +34,7 @@ def dimensions(path: bytes | str) -> tuple[int, int]:
         raise ValueError(f"cannot be read: {error.strerror}") from None
     try:
         size = os.fstat(descriptor).st_size
-        data = _Window(descriptor, os.pread(descriptor, HEAD, 0), 0, size)
+        data = _Window(partial(os.pread, descriptor), os.pread(descriptor, HEAD, 0), 0, size)
         return _dimensions(data)
     except OSError as error:
         raise ValueError(f"cannot be read: {error.strerror}") from None
@@ -41,11 +42,24 @@ def dimensions(path: bytes | str) -> tuple[int, int]:
         os.close(descriptor)
 
 
+def dimensions_of(content: memoryview) -> tuple[int, int]:
+    """As `dimensions`, of a file's bytes, such as mapped ones: few of them are looked at.
+
+    Raises:
+        ValueError: as there.
+    """
+
+    def pread(count: int, offset: int) -> bytes:
+        return bytes(content[offset : offset + count])
+
+    return _dimensions(_Window(pread, pread(HEAD, 0), 0, len(content)))
+
+
 @dataclass(frozen=True)
 class _Window:
     """A part of an open file, of `size` bytes from byte `start` on."""
 
-    descriptor: int
+    pread: Callable[[int, int], bytes]  # of the file: so many bytes from an offset on
     head: bytes  # the file's first bytes, read already
     start: int
     size: int
@@ -56,7 +70,7 @@ class _Window:
         begin = self.start + offset
         if begin + count <= len(self.head):
             return self.head[begin : begin + count]
-        return os.pread(self.descriptor, count, begin)
+        return self.pread(count, begin)
 
     def unpack(self, form: str, offset: int) -> tuple[int, ...]:
         content = self.read(offset, struct.calcsize(form))
@@ -66,7 +80,7 @@ class _Window:
             raise _TruncatedError from None
 
     def part(self, offset: int, size: int) -> "_Window":
-        return _Window(self.descriptor, self.head, self.start + offset, size)
+        return _Window(self.pread, self.head, self.start + offset, size)
 
 
 class _TruncatedError(Exception):

@@ -31,6 +31,9 @@ fi
 # After a TERM torchrun kills what is left 30 s later, which can be in the middle of a checkpoint.
 export PET_SHUTDOWN_TIMEOUT=240 # less than the 300 s above
 
+# Else torch 2.15's restarted processes look for each other where the former ones were.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+
 machines=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 first=${machines%%$'\n'*}
 port=$((20000 + SLURM_JOB_ID % 10000)) # two jobs on one machine must not meet
@@ -39,6 +42,8 @@ out_of_time=
 # TERM goes to the steps, that is to torchrun and train.py, not to srun, which would kill its tasks.
 trap 'out_of_time=yes; scancel --signal=TERM "$SLURM_JOB_ID" || true' USR1
 
+# A process that is killed (out of memory, a broken GPU) has torchrun start all of them again, from
+# the last checkpoint, twice in a job; a machine that is lost ends the job, which Slurm queues again.
 # The first machine may write the checkpoint while the others have ended: they must not take it with
 # them at once (kill-on-bad-exit is on at some sites), nor leave it to wait for ever if one broke.
 # In the background, since bash heeds a trap during `wait` but not while a command runs.
@@ -49,6 +54,7 @@ srun --kill-on-bad-exit=0 --wait=240 --cpus-per-task="$SLURM_CPUS_PER_TASK" \
     --rdzv_backend=c10d \
     --rdzv_endpoint="$first:$port" \
     --rdzv_id="$SLURM_JOB_ID" \
+    --max_restarts=2 \
     fastssl/train.py "$@" &
 code=0
 wait $! || code=$?
