@@ -197,6 +197,8 @@ def _pieces(samples: Any) -> tuple[list[Piece], float]:
     if paths:
         pieces = [(path, 0, os.path.getsize(path)) for path in paths]
         return pieces, max(1.0, sum(size for _, _, size in pieces) / len(pieces))
+    if not os.path.isdir(samples.root):  # a list of urls, an object store
+        return [], 1.0
     with os.scandir(samples.root) as entries:
         files = [(each.path, each.stat().st_size) for each in entries if each.is_file()]
     files = [(path, size) for path, size in files if size >= PIECE]
@@ -357,7 +359,7 @@ def limit(rates: dict[str, float], device: str) -> Line:
             "note",
             "limit",
             f"the loader: {both}: {measure}, `python -m benchmarks tune RECIPE` looks for better "
-            "settings, `python -m fastssl.data pack` makes decoding cheap",
+            "settings, `python -m fastssl.data pack --short-side 292` makes decoding cheap",
         )
     return Line("ok", "limit", f"the step: {both}: a faster loader would gain little; {measure}")
 

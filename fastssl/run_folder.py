@@ -241,7 +241,13 @@ def _is_ours(path: Path) -> bool:
 
 def _given(resume: Path, values: dict[str, dict[str, Any]]) -> Path:
     """The checkpoint that `train.resume` names by its own path or its run folder's."""
-    if not resume.exists():
+    try:
+        there = resume.exists()
+    except OSError as error:  # a name that is too long, a folder that is closed
+        raise RecipeError(
+            f"train.resume ({str(resume)[:200]}) cannot be looked at: {error.strerror}"
+        ) from None
+    if not there:
         raise RecipeError(
             f"train.resume ({resume}) does not exist: give auto, never, a run folder or a"
             " checkpoint in one"

@@ -7,7 +7,6 @@ checkpoint (the same command goes on).
 """
 
 import contextlib
-import errno
 import functools
 import math
 import os
@@ -42,6 +41,7 @@ from fastssl import (
     demo,
     depths,
     distributed,
+    failures,
     journal,
     labelled,
     launcher,
@@ -84,27 +84,18 @@ def start(load: Callable[[], Recipe]) -> int:
         recipe = load()
         with contextlib.ExitStack() as until_the_end:
             return train(recipe, until_the_end)
-    except (ValueError, OSError, Diverged) as error:
-        if isinstance(error, OSError) and not _is_about_the_disk(error):
+    except (ValueError, OSError, RuntimeError, TypeError, MemoryError) as error:
+        mine = isinstance(error, ValueError | Diverged)
+        said = str(error) if mine else failures.told(error)
+        if said is None:
             raise
         # Every process of a machine meets the same mistake; its first one tells it.
+        alone = isinstance(error, DataError) or failures.is_of_others(error)
         rank = starting.environment("RANK", 0)
-        if starting.environment("LOCAL_RANK", 0) == 0 or isinstance(error, DataError):
+        if starting.environment("LOCAL_RANK", 0) == 0 or alone or failures.is_of_memory(error):
             where = f" (rank {rank} on {platform.node()})" if rank else ""
-            print(f"error{where}: {error}", file=sys.stderr, flush=True)
+            print(f"error{where}: {said}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, ValueError) else 1
-    except RuntimeError as error:
-        if not _is_about_the_others(error):
-            raise
-        where = f"rank {starting.environment('RANK', 0)} on {platform.node()}"
-        print(
-            f"error ({where}): the other processes of the run cannot be reached any more: one of "
-            "them has ended, or its machine, and tells why if it can. Started again, the run goes "
-            f"on from its last checkpoint ({str(error).splitlines()[0][:200]})",
-            file=sys.stderr,
-            flush=True,
-        )
-        return 1
     except KeyboardInterrupt:
         print("interrupted while starting: what was saved before is as it was", file=sys.stderr)
         return 130
@@ -161,7 +152,8 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
             f"most {len(usable)} (it is {options.batch}) or more images"
         )
     crop = recipe.pipeline.options.largest_crop
-    small = np.minimum(samples.height, samples.width)[usable] < crop
+    sides = np.minimum(samples.height, samples.width)[usable]
+    small = (sides > 0) & (sides < crop)  # 0: not known
     if small.any():
         say(
             f"data: {small.sum():,} of {len(usable):,} images have a side of less than {crop} "
@@ -573,15 +565,6 @@ class Diverged(RuntimeError):
             f"train.clip or train.precision=fp32 may help. The last checkpoint is from before. "
             f"The batch: rows {listed} of the listing (the first is {path(rows[0])})"
         )
-
-
-def _is_about_the_disk(error: OSError) -> bool:
-    full = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-    return isinstance(error, checkpoint.CheckpointError) or error.errno in full
-
-
-def _is_about_the_others(error: RuntimeError) -> bool:
-    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
 def _cannot_restart(world: int) -> bool:

@@ -25,7 +25,7 @@ import yaml
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from fastssl import backbone_file, backbones, config, representation
+from fastssl import backbone_file, backbones, config, failures, representation
 from fastssl.config import RecipeError
 from fastssl.patch_network import Standardization
 from fastssl.recipe_check import check, schema_of_part
@@ -34,12 +34,6 @@ from fastssl.recipe_text import Entry, did_you_mean, value
 RESNET, NAMED = "fastssl.backbones.resnet", "fastssl.backbones.named"
 GRAPH = "pipelines.evaluation"  # where nothing says how images were prepared
 _CARD = "backbone.json"
-# How torch says that a tensor has no place, on a CPU, and with a number of bytes beyond 64 bits.
-_NO_PLACE = (
-    "can't allocate memory",
-    "Storage size calculation overflowed",
-    "Overflow when unpacking long",
-)
 
 
 @dataclass(frozen=True)
@@ -165,8 +159,7 @@ def fresh(module: ModuleType, options: Any) -> nn.Module:
     try:
         return module.backbone(options)
     except (RuntimeError, TypeError, MemoryError) as error:  # torch has no class for the CPU's
-        told = " ".join(str(error).split())
-        if not isinstance(error, MemoryError) and not any(each in told for each in _NO_PLACE):
+        if not failures.is_of_memory(error):
             raise
         usual = {each.name: each.default for each in fields(options)}
         changed = ", ".join(

@@ -40,7 +40,7 @@ class Options:
         Raises:
             ValueError: says which numbers clash.
         """
-        limits.at_least(8, image_size=self.image_size)
+        limits.sides(image_size=self.image_size)
         if self.crop == "whole" and self.image_size > self.resize:
             raise ValueError(f"image_size ({self.image_size}) must fit in resize ({self.resize})")
         limits.fractions(image_area=self.image_area)

@@ -33,7 +33,7 @@ class Options:
         """
         if not self.short_side:
             raise ValueError("short_side ([]) must name at least one size, as [800]")
-        limits.at_least(8, **{"short_side": min(self.short_side)})
+        limits.sides(**{"short_side": min(self.short_side)})
         if self.long_side < max(self.short_side):
             raise ValueError(
                 f"long_side ({self.long_side}) must be at least short_side ({max(self.short_side)})"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from nvidia.dali.data_node import DataNode
 
-from pipelines import ops
+from pipelines import limits, ops
 from pipelines.images import Device, Image
 
 
@@ -25,10 +25,10 @@ class Options:
         Raises:
             ValueError: says which numbers clash.
         """
-        if self.crop < 8:
-            raise ValueError(f"crop ({self.crop}) must be at least 8")
+        limits.sides(crop=self.crop)
         if self.crop > self.resize:
             raise ValueError(f"crop ({self.crop}) must fit in resize ({self.resize})")
+        limits.sides(resize=self.resize)
 
     @property
     def classes(self) -> int:

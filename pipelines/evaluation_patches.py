@@ -39,6 +39,7 @@ class Options:
             raise ValueError(f"crop ({self.crop}) must be at least 8 x grid ({8 * self.grid})")
         if self.crop > self.resize:
             raise ValueError(f"crop ({self.crop}) must fit in resize ({self.resize})")
+        limits.sides(resize=self.resize)
 
     @property
     def classes(self) -> int:

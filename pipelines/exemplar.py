@@ -21,6 +21,7 @@ from nvidia.dali.types import DALIDataType
 from pipelines import limits, ops
 from pipelines.images import Decoded, Device, Image
 
+MOST_VIEWS = 1024  # each is operators of the graph
 # Mean colour (0 ... 255) and principal components (rows) of ImageNet's pixels, the ones that
 # AlexNet's colour changes are commonly done with. Dosovitskiy computes his own from his patches.
 MEAN = np.array([123.7, 116.3, 103.5], np.float32)
@@ -89,7 +90,9 @@ class Options:
             ValueError: names the option and its value.
         """
         limits.at_least(1, views=self.views)
-        limits.at_least(8, size=self.size)
+        if self.views > MOST_VIEWS:
+            raise ValueError(f"views ({self.views}) must be at most {MOST_VIEWS}")
+        limits.sides(size=self.size)
         limits.fractions(area=self.area)
         limits.factors(
             aspect=self.aspect,

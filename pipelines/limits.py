@@ -2,6 +2,20 @@
 
 from pipelines.ops import Colors
 
+MOST_PIXELS = 16_384  # a side of what a graph puts out: 800 MB an image; DALI would try and hang
+
+
+def sides(**pixels: int) -> None:
+    """Refuses a side that no image of a batch can have.
+
+    Raises:
+        ValueError: names the first.
+    """
+    at_least(8, **pixels)
+    for name, value in pixels.items():
+        if value > MOST_PIXELS:
+            raise ValueError(f"{name} ({value}) must be at most {MOST_PIXELS} pixels")
+
 
 def at_least(least: float, **numbers: float) -> None:
     """Refuses a number below `least`.

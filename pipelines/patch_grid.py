@@ -41,7 +41,7 @@ def check_geometry(
     Raises:
         ValueError: says which numbers clash.
     """
-    limits.at_least(8, **{name: crop})
+    limits.sides(**{name: crop})
     limits.at_least(2, grid=grid)
     limits.at_least(4, patch=patch)
     limits.at_least(0, gap=gap, channel_shift=channel_shift)

@@ -41,7 +41,7 @@ class Options:
         Raises:
             ValueError: says which numbers clash.
         """
-        limits.at_least(8, image_size=self.image_size)
+        limits.sides(image_size=self.image_size)
         patch_grid.check_geometry(
             crop=self.patches_crop, grid=self.grid, patch=self.patch, name="patches_crop"
         )

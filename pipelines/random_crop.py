@@ -26,10 +26,11 @@ class Options:
         Raises:
             ValueError: says which numbers clash.
         """
-        limits.at_least(8, crop=self.crop)
+        limits.sides(crop=self.crop)
         limits.probabilities(flip=self.flip)
         if self.crop > self.resize:
             raise ValueError(f"crop ({self.crop}) must fit in resize ({self.resize})")
+        limits.sides(resize=self.resize)
 
     @property
     def classes(self) -> int:

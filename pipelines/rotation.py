@@ -55,7 +55,7 @@ class Options:
         Raises:
             ValueError: says which numbers clash.
         """
-        limits.at_least(8, image_size=self.image_size)
+        limits.sides(image_size=self.image_size)
         limits.fractions(image_area=self.image_area)
         limits.factors(aspect=self.aspect)
         if not 0 <= self.pad < self.image_size:

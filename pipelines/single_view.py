@@ -32,7 +32,7 @@ class Options:
         Raises:
             ValueError: says which number.
         """
-        limits.at_least(8, image_size=self.image_size)
+        limits.sides(image_size=self.image_size)
         limits.fractions(image_area=self.image_area)
         limits.factors(image_aspect=self.image_aspect)
         limits.probabilities(flip=self.flip)

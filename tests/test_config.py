@@ -240,8 +240,8 @@ def test_a_key_that_the_saved_recipe_is_too_old_for_stood_at_its_default(path: P
     assert "optim.betas: missing there, [0.9, 0.999] here" in config.differences(there, here)
 
 
-def test_keys_that_are_free_on_resume_exist(path: Path):
-    sources = config.load(path).sources
+def test_keys_that_are_free_on_resume_exist(checkout: Path):
+    sources = config.load(checkout / "recipes" / "pirl_jigsaw.yaml").sources
 
     free = config.FREE_ON_RESUME
     assert set(sources) > free > {"probe.every_epochs", "train.out"}

@@ -355,6 +355,7 @@ def test_images_are_said_to_be_resized_to_what_the_views_need():
     [
         ({"views": 0}, r"views \(0\) must be at least 1"),
         ({"size": 4}, r"size \(4\) must be at least 8"),
+        ({"views": 10**9}, r"views \(1000000000\) must be at most 1024"),
         ({"area": (0.5, 0.2)}, r"area \(\[0.5, 0.2\]\) must be two ascending fractions"),
         ({"aspect": (0.0, 1.0)}, r"aspect \(\[0.0, 1.0\]\) must be two ascending numbers above 0"),
         ({"powers": (4.0, 0.25)}, r"powers \(\[4.0, 0.25\]\) must be two ascending numbers"),

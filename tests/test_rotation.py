@@ -311,6 +311,7 @@ def test_every_choice_has_its_kernels_on_the_gpu(options, copies):
     ("options", "message"),
     [
         ({"image_size": 4}, r"image_size \(4\) must be at least 8"),
+        ({"image_size": 10**9}, r"image_size \(1000000000\) must be at most 16384 pixels"),
         ({"image_area": (0.5, 0.2)}, r"image_area \(\[0.5, 0.2\]\) must be two ascending"),
         ({"aspect": (0.0, 1.0)}, r"aspect \(\[0.0, 1.0\]\) must be two ascending numbers"),
         ({"pad": -1}, r"pad \(-1\) must be at least 0 and below image_size \(224\)"),

@@ -267,6 +267,7 @@ def test_a_path_that_leads_to_no_checkpoint_is_named(tmp_path):
         "nowhere": r"nowhere\) does not exist: give auto, never, a run folder or a checkpoint",
         "early": r"early\) has no checkpoint in .*/early/checkpoints",
         "copies/step-00000005.pt": r"is in no run folder: .*recipe.yaml is not there",
+        "long" * 1000: r"train.resume \(\S{200}\) cannot be looked at: File name too long",
     }.items():
         with pytest.raises(RecipeError, match=message):
             run_folder.open_run(tmp_path / "new", str(tmp_path / named), VALUES)

@@ -1,0 +1,67 @@
+"""Failures of the machine as one line, and those of this code as a traceback."""
+
+import errno
+
+import pytest
+import torch
+from torch import nn
+
+from fastssl import config, failures, train
+from fastssl.checkpoint import CheckpointError
+
+
+def raised(make) -> BaseException:
+    with pytest.raises((RuntimeError, MemoryError, TypeError)) as error:
+        make()
+    return error.value
+
+
+@pytest.mark.parametrize("features", [2**45, 2**62])
+def test_torch_s_errors_of_memory_are_known(features):
+    error = raised(lambda: nn.Linear(features, 1))
+
+    assert failures.is_of_memory(error)
+    said = failures.told(error)
+    assert said is not None
+    assert "train.accumulate" in said
+    assert "\n" not in said
+
+
+def test_a_gpu_s_error_of_memory_is_known():
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nGPU 0 ...")
+
+    assert failures.is_of_memory(error)
+    assert "20.00 MiB" in str(failures.told(error))
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+        (CheckpointError("the disk of it all is full"), "the disk of it all is full"),
+        (torch.distributed.DistBackendError("nccl"), "the other processes of the run"),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:1] closed"), "other processes of the run"),
+    ],
+)
+def test_disk_and_other_processes_are_told(error, line):
+    assert line in str(failures.told(error))
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("mat1 and mat2"), KeyError("x"), FileNotFoundError(errno.ENOENT, "gone")]
+)
+def test_what_nobody_foresaw_keeps_its_traceback(error):
+    assert failures.told(error) is None
+
+
+def test_a_head_that_has_no_place_ends_a_run_in_one_line(checkout, tmp_path, capsys):
+    recipe = str(checkout / "recipes" / "relative_patch.yaml")
+    code = train.start(
+        lambda: config.load(recipe, [f"train.out={tmp_path}", f"objective.embedding={2**50}"])
+    )
+
+    assert code == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: there is not enough memory: ")
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
