@@ -26,6 +26,11 @@ from pipelines.images import Encoded, Image
 
 MOST = 1000  # images: 110 MB of ImageNet's
 MEMORY = 2**29  # bytes of files that are held, at most
+# Every stage goes over the same few images, which the reader fetched for the first and still holds.
+REMOTE = (
+    "read_cold is left out, and the object store itself was not measured: read and the loader took"
+    " images that the reader still held in memory"
+)
 CHECK = 32  # images decoded at a time to find those that can't be
 
 # In a DALI graph: what becomes of an image and its row in the listing.
@@ -45,6 +50,7 @@ class Files:
     pixels_stored: bool
     facts: dict[str, Any]  # numbers and texts for the result
     together: bool = False  # in a store that is mapped into memory: the reader passes pointers
+    remote: bool = False  # some or all in an object store: fetched, and held by the reader
 
     def order(self, batch: int) -> Callable[[int], np.ndarray]:
         """The order plan of batches of so many images, as train.py makes it."""
@@ -84,12 +90,13 @@ def choose(
     rows = np.setdiff1d(rows, np.fromiter(check.skipped, np.int64, len(check.skipped)))
     contents, pixels_stored = _contents(reader, samples, shuffled(rows, seed, len(rows))(0))
     height, width = (each[rows].astype(float) for each in (samples.height, samples.width))
+    known = bool((height > 0).all())  # a list's readers do not open what lies in an object store
     facts: dict[str, Any] = {
         "images": len(rows),
         "of": len(samples.usable),
-        "width": float(width.mean()),
-        "height": float(height.mean()),
-        "megapixels": float((width * height).mean() / 1e6),
+        "width": float(width.mean()) if known else None,
+        "height": float(height.mean()) if known else None,
+        "megapixels": float((width * height).mean() / 1e6) if known else None,
         "bytes": float((3 * width * height).mean()),
     }
     if not pixels_stored:
@@ -100,8 +107,10 @@ def choose(
             facts["progressive"] = sum(jpeg.progressive for jpeg in jpegs) / len(jpegs)
             kinds = Counter(jpeg.subsampling for jpeg in jpegs)
             facts["subsampling"] = {kind: count / len(jpegs) for kind, count in kinds.items()}
-    together = not all(os.path.isfile(samples.path(int(row))) for row in rows)
-    return Files(reader, samples, rows, seed, contents, pixels_stored, facts, together)
+    paths = [samples.path(int(row)) for row in rows]
+    remote = any(path.startswith("s3://") for path in paths)
+    together = not remote and not all(os.path.isfile(path) for path in paths)
+    return Files(reader, samples, rows, seed, contents, pixels_stored, facts, together, remote)
 
 
 def spread_evenly(usable: np.ndarray) -> np.ndarray:
@@ -170,6 +179,8 @@ def cold_rates(
     paths = [files.samples.path(int(row)) for row in files.rows]
     if files.together:
         return "read_cold is left out: images lie together in a store that is mapped into memory"
+    if files.remote:
+        return REMOTE
     rates = []
     for _ in range(repeats):
         reading = pipeline(files, read, loading, batch=batch, device=torch.device("cpu"))

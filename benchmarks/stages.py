@@ -458,8 +458,9 @@ def _rows(bench: _Bench, measured: dict[str, Measured], cold: list[float] | str)
             extra["patches/s"] = rate * bench.patches
         else:
             extra["MB/s"] = rate * bench.files.facts["bytes"] / 1e6
-        if stage in ("decode", "decode_limit"):
-            extra["megapixels/s"] = rate * bench.files.facts["megapixels"]
+        megapixels = bench.files.facts["megapixels"]
+        if stage in ("decode", "decode_limit") and megapixels is not None:
+            extra["megapixels/s"] = rate * megapixels
         kept = {
             name: statistics.median(ratios[name])
             for name in RATIOS.get(stage, ())
@@ -547,6 +548,9 @@ def _conclusions(
 def _description(recipe: Recipe, files: Files, device: torch.device, loading: Options) -> str:
     """One line: recipe, device, images."""
     facts = files.facts
+    sides = "pixels not known"
+    if facts["megapixels"] is not None:
+        sides = f"{facts['width']:.0f} x {facts['height']:.0f} pixels"
     kind = "pixels" if files.pixels_stored else f"{facts['jpeg']:.0%} JPEG"
     if facts.get("jpeg"):
         kinds = sorted(facts["subsampling"].items(), key=lambda each: -each[1])
@@ -554,8 +558,7 @@ def _description(recipe: Recipe, files: Files, device: torch.device, loading: Op
         kind += f" ({facts['progressive']:.0%} progressive; {listed})"
     return (
         f"{recipe.name} on {device} with {loading.threads} loader threads, {facts['images']:,} of"
-        f" {facts['of']:,} images: on average {facts['width']:.0f} x {facts['height']:.0f} pixels,"
-        f" {facts['bytes'] / 1e3:,.0f} kB, {kind}"
+        f" {facts['of']:,} images: on average {sides}, {facts['bytes'] / 1e3:,.0f} kB, {kind}"
     )
 
 

@@ -6,9 +6,11 @@
 FOLDER holds images as training reads them; a folder with train/ and val/ is two such. Every file's
 header, end, dimensions and colour mode are looked at, and with --decode all of its pixels. Files
 are only read. It can be stopped, killed and repeated: the same command goes on, and looks again at
-what has changed since. Written to DIR (by default NAME-check, here):
+what has changed since. What --decode found bad stays so without it. Written to DIR (by default
+NAME-check, here), which is one data set's:
 
-    quarantine.jsonl  bad images with the reason, for data.quarantine; of train/ and val/ one each
+    quarantine.jsonl  bad images with the reason, for data.quarantine; of train/ and val/ one each,
+                      quarantine-train.jsonl and quarantine-val.jsonl: data.quarantine=DIR for both
     duplicates.jsonl  groups of files that are the same, byte for byte
     report.json       all numbers of the table that is printed
     recipe.yaml       what a recipe should say: the quarantine, and loader.decoder_* for a GPU
@@ -25,8 +27,9 @@ import importlib
 import json
 import os
 import shlex
+import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -37,6 +40,7 @@ from fastssl.check_image import SEEN, is_strict
 from fastssl.check_progress import Progress
 from fastssl.check_scan import Split, scan
 from fastssl.reader_options import READER, folder_options
+from fastssl.store_verify import local_store
 from fastssl.work_progress import WorkProgress
 
 QUARANTINE = "pipelines.readers.quarantine"
@@ -58,25 +62,27 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: argparse.Namespace) -> int:
-    """Checks a folder; returns 0 whatever was found: that is in the files.
+    """Checks a folder; returns 0 whatever was found: that is in the files; 1: some were not read.
 
     Raises:
-        ValueError: there is no such folder, or no image in it; DIR can't be used.
+        ValueError: there is no such folder, or no image in it; DIR can't be used, or is of other
+            images; workers die of any image.
         OSError: DIR can't be written.
     """
     if given.workers < 1:
         raise ValueError(f"--workers ({given.workers}) must be at least 1")
-    folder = os.path.abspath(os.path.expanduser(given.folder))
+    folder = str(local_store(given.folder))
     options = _options(folder, given.overrides)
+    roots = _roots(folder)
     out = _out(given.out, folder)
     try:
-        with Progress(out / "progress.bin") as progress:
-            splits = _listed(folder, options)
+        with Progress(out / "progress.bin", _images(folder, options)) as progress:
+            splits = _listed(roots, options)
             _check(splits, out, progress, given.decode, options.max_pixels, given.workers)
     except KeyboardInterrupt:
         _say(f"interrupted: the same command goes on from here ({out})")
         return 130
-    return 0
+    return int(any(split.unread for split in splits))
 
 
 def _check(
@@ -105,7 +111,10 @@ def _check(
                 workers=workers,
             )
 
-    unseen = [np.flatnonzero(split.records["state"] < SEEN) for split in splits]
+    unseen = [
+        np.setdiff1d(np.flatnonzero(split.records["state"] < SEEN), list(split.unread))
+        for split in splits
+    ]
     looked_at = look(unseen, "check", decode=decode, digest=False)
     known = sum(map(len, unseen)) - looked_at
     if known:
@@ -139,14 +148,14 @@ def _write_all(splits: list[Split], out: Path, decoder: str | None) -> None:
         file.write(json.dumps(report, indent=1) + "\n")
     recipe = out / "recipe.yaml"
     with _written(recipe) as file:
-        file.write(check_report.recipe(splits[0], quarantines[0], _command(splits, decoder)))
+        advised = out if len(splits) > 1 else quarantines[0]
+        file.write(check_report.recipe(splits[0], advised, _command(splits, decoder)))
     for split, each in zip(splits, found, strict=True):
         for text in check_report.table(each, split.name or split.samples.root):
             _say(text)
     _say(check_report.duplicates_line(counts, len(splits)))
-    for split, path in zip(splits, quarantines, strict=True):
-        if split.bad:
-            _say(f"leave the bad ones out with data.quarantine={shlex.quote(str(path))}")
+    if any(split.bad for split in splits):
+        _say(f"leave the bad ones out with data.quarantine={shlex.quote(str(advised))}")
     _say(f"for a recipe: {recipe}; all numbers: {out / 'report.json'}")
 
 
@@ -172,15 +181,41 @@ def _out(given: str | None, folder: str) -> Path:
     return out
 
 
-def _listed(folder: str, options: Any) -> list[Split]:
+def _images(folder: str, options: Any) -> str:
+    """Which images these are, for people and for Progress: the folder, and the subset of it."""
+    subset = [
+        f", data.{each.name}={getattr(options, each.name)}"
+        for each in fields(options)
+        if each.name in ("limit", "fraction", "per_class", "subset_seed")
+        and getattr(options, each.name) != each.default
+    ]
+    return ascii(os.path.realpath(folder)) + "".join(subset)
+
+
+def _roots(folder: str) -> dict[str, str]:
+    """The folder, or train/ and val/ in it, by the names of the splits.
+
+    Raises:
+        ValueError: it is a store.
+    """
+    names = ("train", "val")
+    roots = {name: os.path.join(folder, name) for name in names}
+    if not all(map(os.path.isdir, roots.values())):
+        roots = {"": folder}
+    for root in roots.values():
+        if all(os.path.exists(os.path.join(root, name)) for name in ("manifest.json", "index")):
+            raise ValueError(
+                f"{root} is a tar store: python -m fastssl.data verify {shlex.quote(root)} --decode"
+                " looks at its images"
+            )
+    return roots
+
+
+def _listed(roots: dict[str, str], options: Any) -> list[Split]:
     """The images of the folder, or of train/ and val/ in it."""
     reader = importlib.import_module(READER)  # pipelines/ is beside us, not beneath
-    names = ("train", "val")
-    if not all(os.path.isdir(os.path.join(folder, name)) for name in names):
-        names = ("",)
     splits: list[Split] = []
-    for name in names:
-        root = os.path.join(folder, name) if name else folder
+    for name, root in roots.items():
         chosen = replace(options, root=root)
         splits.append(Split(name, reader.list_samples(chosen, cache=demo.cache(), say=_say)))
     return splits
@@ -208,10 +243,10 @@ def _command(splits: list[Split], decoder: str | None) -> str:
 
 @contextlib.contextmanager
 def _written(path: Path) -> Iterator[TextIO]:
-    """A text file that is there when it is whole."""
+    """A text file, UTF-8, that is there when it is whole."""
     part = path.with_name(f"{path.name}.part")
     try:
-        with part.open("w", encoding="ascii") as file:
+        with part.open("w", encoding="utf-8") as file:
             yield file
         part.replace(path)
     except OSError as error:
@@ -219,4 +254,5 @@ def _written(path: Path) -> Iterator[TextIO]:
 
 
 def _say(line: str) -> None:
-    print(line, flush=True)
+    encoding = sys.stdout.encoding or "utf-8"  # which need not have a folder's letters
+    print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)

@@ -6,6 +6,8 @@ decoded twice, by Pillow and by DALI: of 1,600 damaged files a PNG and a TIFF we
 alone, and 277 by all but DALI.
 """
 
+import contextlib
+import errno
 import functools
 import hashlib
 import importlib
@@ -15,10 +17,12 @@ import os
 import stat
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+
+from fastssl import image_bytes
 
 FORMATS = ("unknown", "JPEG", "PNG", "WEBP", "BMP", "TIFF")
 MODES = (
@@ -40,13 +44,20 @@ RECORD = np.dtype(
         ("mode", "u1"),  # place in MODES
         ("orientation", "u1"),  # Exif's, 1 to 8
         ("progressive", "u1"),  # a JPEG in several scans
-        ("unused", "u1", 3),
+        ("judged", "u1"),  # of a bad one: the state that it would have if it were good
+        ("unused", "u1", 2),
         ("check", "<u8"),  # of all before: `fastssl.check_progress`
     ]
 )
 _ENDS = 4096  # bytes at either end
 _ORIENTATION = 0x0112  # Exif's tag
-_READ = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")  # the formats that Pillow may try: what DALI reads
+# Why a file cannot be opened that are its own faults; all others, such as EIO and ESTALE, are a
+# disk's or a network's, and may have passed the next time.
+_OWN_FAULTS = (
+    *(errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP),
+    *(errno.ENXIO, errno.ENODEV),  # a socket, or a device that is none
+)
+CANNOT_BE_READ = "cannot be read: {}"  # also what the folder reader says
 # How libjpeg's warnings begin that mean lost pixels. Others, such as an odd version number in a
 # header, harm nothing.
 _DAMAGE = ("Corrupt JPEG data", "Premature end of JPEG", "Inconsistent progression")
@@ -60,7 +71,7 @@ class Piece:
     prefix: bytes  # of the folder, before the names that are kept: another for each folder
     names: tuple[bytes, ...]  # relative to the folder
     known: np.ndarray  # RECORD [n]: what they were when last looked at; state UNSEEN: not yet
-    decode: bool
+    decode: bool  # also done without where a file was found bad so, and has not changed
     digest: bool  # of the whole content; done anyway where it is decoded
     most_pixels: int
 
@@ -71,6 +82,7 @@ class Looked:
 
     records: np.ndarray  # RECORD [n]
     bad: dict[int, str]  # places in the piece, with the reason
+    unread: dict[int, str]  # neither good nor bad: the disk, or the memory, was at fault
 
 
 def look_at_all(piece: Piece) -> Looked:
@@ -84,17 +96,47 @@ def look(piece: Piece) -> Looked:
     Image.MAX_IMAGE_PIXELS = None  # told in our own words: piece.most_pixels
     records = np.zeros(len(piece.names), RECORD)
     bad: dict[int, str] = {}
+    unread: dict[int, str] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, on metadata that nobody needs
         for place, name in enumerate(piece.names):
-            record = records[place : place + 1]
-            record["key"] = key_of(piece.prefix + name)
+            record, known = records[place : place + 1], piece.known[place]
+            path = os.path.join(piece.folder, name)
             try:
-                _look(os.path.join(piece.folder, name), piece, piece.known[place], record)
+                try:
+                    _look(path, piece, known, record)
+                except OSError:
+                    _look(path, piece, known, record)  # what was in the way may have passed
             except ValueError as error:
-                record["state"] = BAD
                 bad[place] = " ".join(str(error).split())
-    return Looked(records, bad)
+            except (OSError, MemoryError) as error:
+                record[:] = 0
+                reason = CANNOT_BE_READ.format(_words(error))
+                if known["state"] == BAD:
+                    bad[place] = f"found bad before; now it {reason}"
+                else:
+                    unread[place] = reason
+            record["key"] = key_of(piece.prefix + name)
+            if place in bad:
+                record["state"] = BAD
+    return Looked(records, bad, unread)
+
+
+def ended_its_worker(piece: Piece) -> Looked:
+    """What is kept of a piece's only file, whose worker died of it."""
+    record = np.zeros(1, RECORD)
+    record["key"], record["state"] = key_of(piece.prefix + piece.names[0]), BAD
+    record["judged"] = max(_wanted(decode=piece.decode), int(piece.known["judged"][0]))
+    with contextlib.suppress(OSError):
+        status = os.stat(os.path.join(piece.folder, piece.names[0]))
+        record["size"], record["modified"] = status.st_size, status.st_mtime_ns
+    return Looked(record, {0: "ended the process that decoded it: a crash, or memory"}, {})
+
+
+def is_passing(reason: str) -> bool:
+    """Whether the reader's reason is a fault of the disk or the network, and none of the file's."""
+    lasting = {CANNOT_BE_READ.format(os.strerror(each)) for each in _OWN_FAULTS}
+    return reason.startswith(CANNOT_BE_READ.format("")) and reason not in lasting
 
 
 def key_of(name: bytes) -> int:
@@ -113,23 +155,36 @@ def _look(path: bytes, piece: Piece, known: np.void, record: np.ndarray) -> None
 
     Raises:
         ValueError: the file is bad; the message is the reason.
+        OSError: it cannot be read now, which says nothing of the file.
     """
     try:
         # Not blocking: a pipe that has taken the file's place would wait for a writer for ever.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        raise ValueError(f"cannot be read: {error.strerror}") from None
+        if error.errno not in _OWN_FAULTS:
+            raise
+        raise ValueError(CANNOT_BE_READ.format(error.strerror)) from None
+    try:
+        _look_at(descriptor, piece, known, record)
+    finally:
+        os.close(descriptor)
+
+
+def _look_at(descriptor: int, piece: Piece, known: np.void, record: np.ndarray) -> None:
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
-        os.close(descriptor)
         raise ValueError("not a regular file")
-    with os.fdopen(descriptor, "rb") as file:
+    with os.fdopen(descriptor, "rb", closefd=False) as file:
         record["size"], record["modified"] = status.st_size, status.st_mtime_ns
         same = known["size"] == status.st_size and known["modified"] == status.st_mtime_ns
         digested = not piece.digest or bool(known["digest"].any())
-        if same and digested and _wanted(piece) <= known["state"] <= STRICTLY:
+        if same and digested and _wanted(decode=piece.decode) <= known["state"] <= STRICTLY:
             record["state"] = SAME
             return
+        # What was found bad by a stricter look is looked at so again, for the same reason.
+        judged = int(known["judged"]) if same and known["state"] == BAD else UNSEEN
+        piece = replace(piece, decode=piece.decode or judged > SEEN)
+        record["judged"] = max(_wanted(decode=piece.decode), judged)
         # Uncompressed, with alpha and 16 bits, and room for what else an image file may carry.
         if status.st_size > 8 * piece.most_pixels + 2**26:
             raise ValueError(
@@ -141,7 +196,10 @@ def _look(path: bytes, piece: Piece, known: np.void, record: np.ndarray) -> None
         except OSError as error:
             if error.errno is None:  # Pillow's own
                 raise ValueError(f"cannot be decoded: {error}") from None
-            raise ValueError(f"cannot be read: {error.strerror}") from None
+            raise
+        if record["state"] < judged:
+            record["judged"] = judged
+            raise ValueError("damaged inside, as simplejpeg found, which is not installed now")
 
 
 def _judge(file: io.BufferedReader, size: int, piece: Piece, record: np.ndarray) -> None:
@@ -156,7 +214,7 @@ def _judge(file: io.BufferedReader, size: int, piece: Piece, record: np.ndarray)
     record["ends"] = key_of(size.to_bytes(8, "little") + first + last)
     source = io.BytesIO(content) if content else file
     try:
-        with Image.open(source, formats=_READ) as image:
+        with Image.open(source, formats=image_bytes.PILLOW_FORMATS) as image:
             record["format"] = _place(FORMATS, "JPEG" if image.format == "MPO" else image.format)
             record["mode"] = _place(MODES, image.mode)
             record["orientation"] = _orientation(image)
@@ -169,16 +227,22 @@ def _judge(file: io.BufferedReader, size: int, piece: Piece, record: np.ndarray)
                 importlib.import_module("fastssl.check_dali").decode(content)  # heavy, seldom used
     except UnidentifiedImageError:  # whose own words hold an address in memory
         raise ValueError("not an image that Pillow can read") from None
-    except (ValueError, OSError):
+    except (ValueError, OSError, MemoryError, ImportError):
         raise
     except Exception as error:  # whatever a damaged file makes a decoder raise
         reason = str(error) or type(error).__name__
         raise ValueError(f"cannot be decoded: {reason}") from None
-    record["state"] = _wanted(piece)
+    record["state"], record["judged"] = _wanted(decode=piece.decode), 0
 
 
-def _wanted(piece: Piece) -> int:
-    if not piece.decode:
+def _words(error: OSError | MemoryError) -> str:
+    if isinstance(error, MemoryError):
+        return "not enough memory"
+    return error.strerror or str(error)
+
+
+def _wanted(*, decode: bool) -> int:
+    if not decode:
         return SEEN
     return STRICTLY if is_strict() else DECODED
 

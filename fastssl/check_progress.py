@@ -1,33 +1,41 @@
 """What `check` has looked at, kept in a file: a check that was stopped, or is repeated, goes on.
 
-The file holds records of fastssl/check_image.py one behind the other, appended as they come. Of two
-records of a name the later one counts. A record that was cut off or damaged is as good as none.
+The file says of which images it is, and holds records of fastssl/check_image.py one behind the
+other, appended as they come. Of two records of a name the later one counts. A record that was cut
+off or damaged is as good as none. Bad files are kept too, with how strictly they were looked at, so
+that a less strict check does not take them for good.
 """
 
 import fcntl
 import os
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
-from fastssl.check_image import RECORD, SAME, STRICTLY, UNSEEN
+from fastssl.check_image import BAD, RECORD, SAME, STRICTLY, UNSEEN
 
-_VERSION = b"fastssl check 1\n"
-_HEAD = _VERSION.ljust(RECORD.itemsize, b"\0")
+_VERSION = b"fastssl check 2\n"
 _SEED = 0x9E3779B97F4A7C15  # so that zeros are no valid record
 
 
 class Progress:
     """The file, locked for this process from `with` on."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, of: str) -> None:
         """Opens it, and makes it where there is none.
 
+        Args:
+            path: the file.
+            of: of which images: ASCII, on a line. Names and times tell a file from itself at
+                another time, but not two copies of a data set.
+
         Raises:
-            ValueError: another check is writing it, or it is a file of something else.
+            ValueError: another check is writing it, or it is of other images, or of something else.
             OSError: it cannot be written.
         """
         self._path = path
+        self._of = of
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             self._lock()
@@ -56,14 +64,18 @@ class Progress:
         return len(self._keys)
 
     def add(self, records: np.ndarray) -> None:
-        """Appends those of files that were looked at and found good; the process may die then.
+        """Appends those of files that were looked at; the process may die then.
+
+        Not those of files that could not be opened: there is nothing to know them by again.
 
         Raises:
             OSError: the disk is full.
         """
-        good = records[(records["state"] > UNSEEN) & (records["state"] <= STRICTLY)]
-        good["check"] = _checks(good)
-        rest = memoryview(good.tobytes())
+        state = records["state"]
+        good = (state > UNSEEN) & (state <= STRICTLY)
+        kept = records[good | ((state == BAD) & (records["modified"] != 0))]
+        kept["check"] = _checks(kept)
+        rest = memoryview(kept.tobytes())
         try:
             while rest:
                 rest = rest[os.write(self._file, rest) :]
@@ -80,25 +92,37 @@ class Progress:
 
     def _read(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The valid records' keys in order, uint64 [n], where they lie, and all records, mapped."""
-        head = os.pread(self._file, len(_HEAD), 0)
-        if head != _HEAD[: len(head)]:
-            raise ValueError(f"{self._path} was not written by this version's check: remove it")
+        head = _VERSION + self._of.encode("ascii") + b"\n"
+        head = head.ljust(-(-len(head) // RECORD.itemsize) * RECORD.itemsize, b"\0")
+        found = os.pread(self._file, len(head), 0)
+        if found != head[: len(found)]:
+            self._refuse()
         size = os.fstat(self._file).st_size
-        if size < len(_HEAD):
+        if size < len(head):
             os.ftruncate(self._file, 0)
-            os.pwrite(self._file, _HEAD, 0)
-            size = len(_HEAD)
+            os.pwrite(self._file, head, 0)
+            size = len(head)
         whole = size - size % RECORD.itemsize
         os.ftruncate(self._file, whole)  # what was cut off in the middle
         os.lseek(self._file, whole, os.SEEK_SET)
-        if whole == len(_HEAD):
+        if whole == len(head):
             return np.zeros(0, np.uint64), np.zeros(0, np.int64), np.zeros(0, RECORD)
-        records = np.memmap(self._path, RECORD, "r", offset=len(_HEAD))
-        assert len(records) == whole // RECORD.itemsize - 1
+        records = np.memmap(self._path, RECORD, "r", offset=len(head))
+        assert len(records) == (whole - len(head)) // RECORD.itemsize
         order = np.flatnonzero((_checks(records) == records["check"]) & (records["state"] < SAME))
         keys = records["key"][order]
         sorting = np.argsort(keys, kind="stable")
         return keys[sorting], order[sorting], records
+
+    def _refuse(self) -> NoReturn:
+        found = os.pread(self._file, 1 << 16, 0)
+        if not found.startswith(_VERSION):
+            raise ValueError(f"{self._path} was not written by this version's check: remove it")
+        other = found[len(_VERSION) :].partition(b"\n")[0].decode("ascii", "replace")
+        raise ValueError(
+            f"{self._path.parent} holds what a check of {other} found, and this is {self._of}:"
+            " give another folder with --out, or remove that one"
+        )
 
 
 def _checks(records: np.ndarray) -> np.ndarray:

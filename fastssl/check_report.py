@@ -1,9 +1,11 @@
 """What `check` found in numbers: as JSON, as a table, and as what to write in a recipe."""
 
 import math
+import os
 import re
 import shlex
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ DEVICE_BYTES, HOST_BYTES = 211_025_920 / (5980 * 6430), 140_544_512 / (5980 * 64
 _SHARE = 0.999  # of the images need no more than the hints say: the largest of ten million may be a
 # panorama, and what is set aside for it is set aside for every thread
 _MIB = 2**20
+_MOST_NAMED = 1000  # files that could not be read
 
 
 def statistics(split: Split) -> dict[str, Any]:
@@ -40,6 +43,11 @@ def statistics(split: Split) -> dict[str, Any]:
         "images": len(records),
         "bad": len(split.bad),
         "reasons": reasons(split.bad),
+        "unread": len(split.unread),
+        "unread_files": {
+            os.fsdecode(split.samples.names[row]): reason
+            for row, reason in islice(sorted(split.unread.items()), _MOST_NAMED)
+        },
         "bytes": int(records["size"].sum()),
         "formats": _named(records["format"], FORMATS),
         "modes": _named(records["mode"], MODES),
@@ -79,6 +87,12 @@ def table(found: dict[str, Any], name: str) -> list[str]:
     ]
     if len(found["reasons"]) > 8:
         lines.append(f"                and {len(found['reasons']) - 8:,} reasons more")
+    if found["unread"]:
+        first, reason = next(iter(found["unread_files"].items()))
+        lines.append(
+            f"  {found['unread']:>12,}  could not be read, such as {shown(first)} ({reason}): the"
+            " same command looks at them again"
+        )
     if not images:
         return lines
     lines += [

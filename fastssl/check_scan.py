@@ -1,19 +1,35 @@
 """Has every image of a listing looked at by worker processes, and survives what kills a worker."""
 
+import io
+import tempfile
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from fastssl import worker_pool
-from fastssl.check_image import BAD, RECORD, SAME, Looked, Piece, key_of, look_at_all
+from fastssl.check_image import (
+    BAD,
+    RECORD,
+    SAME,
+    Looked,
+    Piece,
+    ended_its_worker,
+    is_passing,
+    key_of,
+    look_at_all,
+)
 from fastssl.check_progress import Progress
 from fastssl.work_progress import WorkProgress
+from fastssl.worker_pool import WorkerLost
 
 _PIECE = 128  # files a task of a worker
+_MOST_LOST = 16  # workers lost to one file after the other; more is no chance of the files
 
 
 @dataclass
@@ -24,10 +40,13 @@ class Split:
     samples: Any  # of the folder reader
     records: np.ndarray = field(init=False)  # RECORD [rows]: 64 bytes a row
     bad: dict[int, str] = field(init=False)  # rows, with the reason
+    unread: dict[int, str] = field(init=False)  # neither good nor bad: could not be read this time
 
     def __post_init__(self) -> None:
         """Nothing was looked at but what the reader did."""
-        self.bad = dict(self.samples.bad)
+        found = self.samples.bad
+        self.unread = {row: reason for row, reason in found.items() if is_passing(reason)}
+        self.bad = {row: reason for row, reason in found.items() if row not in self.unread}
         self.records = np.zeros(len(self.samples), RECORD)
         self.records["state"][list(self.bad)] = BAD
 
@@ -75,6 +94,7 @@ def scan(
 
     Raises:
         OSError: what was found cannot be kept.
+        ValueError: workers die of sound images too, or cannot import a decoder.
     """
     looked_at = 0
     pieces = _pieces(splits, wanted, progress, decode, digest, most_pixels)
@@ -88,6 +108,8 @@ def scan(
             split.records[rows] = found
             for place, reason in looked.bad.items():
                 split.bad[int(rows[place])] = reason
+            for place, reason in looked.unread.items():
+                split.unread[int(rows[place])] = reason
             bad = sum(len(each.bad) for each in splits)
             what.advance(len(rows), f"{bad:,} bad" if bad else "")
     return looked_at
@@ -126,6 +148,7 @@ def _results(
     """Each task with its result, in order."""
     tasks = iter(tasks)
     under_way: deque[_Task] = deque()
+    losses = _Losses(work)
 
     def pieces() -> Iterator[Piece]:
         for task in tasks:
@@ -136,30 +159,92 @@ def _results(
         try:
             with closing(worker_pool.in_order(work, pieces(), workers)) as results:
                 for looked in results:
+                    losses.in_a_row = 0
                     yield *under_way.popleft(), looked
             return
-        except (
-            ValueError
-        ):  # a worker was killed: by a file that it could not bear, or by the system
+        except WorkerLost:  # to a file that it could not bear, or to the system
             while under_way:
                 split, rows, piece = under_way.popleft()
-                yield split, rows, piece, _one_by_one(piece, work)
+                yield split, rows, piece, _one_by_one(piece, losses)
+        except ImportError as error:
+            raise ValueError(f"a decoder cannot be used: {error}") from None
 
 
-def _one_by_one(piece: Piece, work: Callable[[Piece], Looked]) -> Looked:
-    """What a single worker finds, which may be killed: the file that it is looking at is bad."""
-    try:
-        with closing(worker_pool.in_order(work, [piece], 1)) as results:
+@dataclass
+class _Losses:
+    """Tells files that end a worker from what ends workers whatever they look at."""
+
+    work: Callable[[Piece], Looked]
+    in_a_row: int = 0  # files
+
+    def look(self, piece: Piece) -> Looked:
+        """What a single worker finds.
+
+        Raises:
+            WorkerLost: it was killed.
+        """
+        with closing(worker_pool.in_order(self.work, [piece], 1)) as results:
             return next(results)
-    except ValueError:
+
+    def blame(self, piece: Piece) -> Looked:
+        """What is to be said of a single file that a worker was lost to.
+
+        Raises:
+            ValueError: it is not the file's fault.
+        """
+        self.in_a_row += 1
+        if self.in_a_row > _MOST_LOST:
+            raise ValueError(
+                f"{self.in_a_row} files one after the other ended the process that looked at them,"
+                f" the last is {ascii(piece.names[-1])[1:]}: rather memory is short, or a decoder"
+                " is broken; the same command goes on from here"
+            )
+        with tempfile.TemporaryDirectory() as folder:
+            names = ("sound.jpg", "sound.png")  # by one decoder, and by the others
+            for name in names:
+                (Path(folder) / name).write_bytes(_sound(name.rpartition(".")[2]))
+            sound = replace(
+                piece,
+                folder=folder.encode(),
+                names=tuple(map(str.encode, names)),
+                known=np.zeros(len(names), RECORD),
+                decode=piece.decode or bool((piece.known["state"] == BAD).any()),
+                most_pixels=10**6,
+            )
+            try:
+                self.look(sound)
+            except WorkerLost:
+                raise ValueError(
+                    "the processes that look at images end at sound ones too: memory is short, or a"
+                    " decoder (simplejpeg, Pillow, DALI) is broken; nothing is said of your images"
+                ) from None
+        return ended_its_worker(piece)
+
+
+def _sound(suffix: str) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (32, 24), "gray").save(file, "JPEG" if suffix == "jpg" else "PNG")
+    return file.getvalue()
+
+
+def _one_by_one(piece: Piece, losses: _Losses) -> Looked:
+    """What single workers find, which may be killed: the file that one is looking at is bad.
+
+    Raises:
+        ValueError: it is not the files' fault.
+    """
+    try:
+        looked = losses.look(piece)
+        losses.in_a_row = 0
+        return looked
+    except WorkerLost:
         if len(piece.names) == 1:
-            records = np.zeros(1, RECORD)
-            records["state"] = BAD
-            return Looked(records, {0: "ended the process that decoded it: a crash, or memory"})
+            return losses.blame(piece)
     middle = len(piece.names) // 2
     parts = [
-        _one_by_one(replace(piece, names=piece.names[part], known=piece.known[part]), work)
+        _one_by_one(replace(piece, names=piece.names[part], known=piece.known[part]), losses)
         for part in (slice(None, middle), slice(middle, None))
     ]
     bad = parts[0].bad | {middle + place: reason for place, reason in parts[1].bad.items()}
-    return Looked(np.concatenate([part.records for part in parts]), bad)
+    unread = parts[0].unread | {middle + place: why for place, why in parts[1].unread.items()}
+    return Looked(np.concatenate([part.records for part in parts]), bad, unread)

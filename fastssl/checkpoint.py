@@ -28,6 +28,7 @@ from fastssl.config import RecipeError
 
 # What weights_only=True reads back. Saving anything else would only fail at the resumption.
 _PLAIN = (str, bytes, int, float, bool, type(None), Tensor, torch.Size, torch.dtype)
+_UNFINISHED = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.tmp")  # a whole_file's temporary name
 _MAPPED = 2**26  # bytes of a tensor from which on it is read only where it is used
 
 
@@ -45,9 +46,9 @@ class DamagedError(RecipeError):
 def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     """Write `state` as the checkpoint of `step`; returns its path.
 
-    Only the main process calls this. The file appears under its name once all of it is on the disk;
-    then the checkpoints before it are deleted, all but `keep - 1`, and so is what a killed process
-    left unfinished.
+    Only the main process calls this, under the run folder's lock. The file appears under its name
+    once all of it is on the disk; then the checkpoints before it are deleted, all but `keep - 1`.
+    What a killed process left unfinished is deleted first.
 
     Args:
         folder: `checkpoints/` of the run folder; made if it is not there.
@@ -63,6 +64,7 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     """
     _check_plain(state, "state")
     path = folder / f"step-{step:08d}.pt"
+    sweep(folder)
     with whole_file(path) as file:
         sink = _Sink(file)
         torch.save(state, sink)  # pyright: ignore[reportArgumentType]  # write and flush are all it needs
@@ -79,18 +81,23 @@ def latest(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def load(path: Path) -> dict[str, Any]:
+def load(path: Path, *, checked: bool = False) -> dict[str, Any]:
     """The state saved in the checkpoint `path`, its tensors on the CPU.
 
-    Large ones (a memory bank) stay in the file until they are looked at: who copies a part reads
-    that part. Writing to them changes no file.
+    The check sum takes one pass over the whole file. After it, large tensors (a memory bank) stay
+    in the file until they are looked at: who copies a part holds that part in memory. Writing to
+    them changes no file.
+
+    Args:
+        path: the file.
+        checked: another process of this machine has just loaded it: the check sum is not looked at.
 
     Raises:
         DamagedError: the file is damaged or cut short.
         RecipeError: it is missing or no checkpoint of fastssl.
     """
     try:
-        intact = _is_sealed(path)
+        intact = checked or _is_sealed(path)
     except OSError as error:
         kind = DamagedError if error.errno == errno.EIO else RecipeError
         raise kind(f"{path} cannot be read: {error.strerror}") from error
@@ -179,18 +186,16 @@ def set_rng_state(state: dict[str, Any]) -> None:
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write that becomes `path` when the block ends, and never if the block fails.
 
-    Written beside it under a temporary name, forced to the disk, then renamed. What earlier
-    processes left under such names in the same folder is removed.
+    Written beside it under a temporary name that no other process takes, forced to the disk, then
+    renamed. A process that is killed leaves it behind: see `sweep`.
 
     Raises:
         CheckpointError: the disk is full, or the folder cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for stale in path.parent.glob(".*.tmp"):
-            stale.unlink()
-        file = temporary.open("wb")
+        file = temporary.open("xb")
         try:
             yield file
             file.flush()
@@ -204,6 +209,18 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         _sync_folder(path.parent)
     except OSError as error:
         raise CheckpointError(_not_written(path, error)) from error
+
+
+def sweep(folder: Path) -> None:
+    """Delete what killed processes left of their `whole_file`s in `folder`.
+
+    Only for who holds the run folder's lock: nobody may be writing there. What has another name
+    than those files, or cannot be deleted, stays.
+    """
+    for path in folder.glob(".*.tmp"):
+        if _UNFINISHED.fullmatch(path.name) and path.is_file():
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 # A zip file ends with the length of its comment, two bytes, and the comment.

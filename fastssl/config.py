@@ -72,6 +72,8 @@ class TrainOptions:
             raise ValueError(f"seed ({self.seed}) must be in 0 ... {2**31 - 1}")
         if self.clip is not None and self.clip <= 0:
             raise ValueError(f"clip ({self.clip}) must be above 0, or null for none")
+        if self.out is not None and not self.out.strip():
+            raise ValueError(f"out ({self.out!r}) must name a folder, or be null for runs/<recipe>")
         if not self.resume:
             raise ValueError("resume ('') must be auto, never or the path of a checkpoint")
         if self.weights == "":

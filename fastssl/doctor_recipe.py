@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastssl import config, demo, loader, machine, optim, order, run_folder, trained
+from fastssl import config, demo, labelled, loader, machine, optim, order, run_folder, trained
 from fastssl.config import Recipe
 from fastssl.doctor import Line, guarded
 from fastssl.loader import DataError, Loader, output_names, threads_per_process
@@ -117,7 +117,7 @@ def _speed(recipe: Recipe, samples: Any, say: Callable[[str], None]) -> Iterator
         loading = replace(loading, threads=threads_per_process(processes))
     share = recipe.train.batch // (processes * recipe.train.accumulate)
     batch = max(1, min(share, MOST_IMAGES[device.type], len(samples.usable)))
-    plan = order.shuffled(len(samples.usable), recipe.train.seed, 0, 0, 1, batch)
+    rows = _rows(samples, recipe.train.seed, batch)
     rates: dict[str, float] = {}
 
     def disk() -> Iterator[Line]:
@@ -132,7 +132,7 @@ def _speed(recipe: Recipe, samples: Any, say: Callable[[str], None]) -> Iterator
             samples,
             recipe.pipeline.module,
             recipe.pipeline.options,
-            lambda step: samples.usable[plan[step % len(plan)]],
+            rows,
             batch=batch,
             seed=recipe.train.seed,
             device=device,
@@ -153,11 +153,23 @@ def _speed(recipe: Recipe, samples: Any, say: Callable[[str], None]) -> Iterator
         yield limit(rates, device.type)
 
 
+def _rows(samples: Any, seed: int, batch: int) -> Callable[[int], np.ndarray]:
+    """The rows of a step, in the order in which training reads them: by chunks where there are."""
+    count, chunks = len(samples.usable), samples.chunks
+    if chunks is None:
+        plan = order.shuffled(count, seed, 0, 0, 1, batch)
+    else:
+        plan = order.by_chunks(chunks, seed, 0, 0, 1, batch, samples.window)
+    return lambda step: samples.usable[plan[step % len(plan)]]
+
+
 def _disk(samples: Any, threads: int, rates: dict[str, float]) -> Iterator[Line]:
     """Reads some of the files, put out of the page cache before where that can be done."""
     pieces, image_bytes = _pieces(samples)
     if not pieces:
-        yield Line("note", "disk", f"not measured: {samples.root} holds no files to read")
+        is_away = labelled.is_url(samples.path(int(samples.usable[0])))
+        why = "images are in an object store" if is_away else "it holds no files to read"
+        yield Line("note", "disk", f"not measured: {samples.root}: {why}")
         return
     end = time.perf_counter() + DISK_SECONDS
     count = cold = read = 0

@@ -40,7 +40,7 @@ def told(error: BaseException) -> str | None:
         return (
             "the other processes of the run cannot be reached any more: one of them has ended, or "
             "its machine, and tells why if it can. Started again, the run goes on from its last "
-            f"checkpoint ({reason})"
+            f"checkpoint, if it has saved one ({reason})"
         )
     if is_of_memory(error):
         return (

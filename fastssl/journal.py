@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from fastssl import checkpoint, config
+from fastssl import checkpoint, config, starting
 from fastssl.config import Recipe
 
 WARM_UP = 10  # steps, whose batches were made while the run was starting
@@ -180,7 +180,7 @@ def write_start(
         with checkpoint.whole_file(folder / "recipe.yaml") as file:
             file.write(config.dump(recipe).encode())
     path = folder / "environment.json"
-    starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() and resumed else []
+    starts = _former_starts(path) if path.exists() and resumed else []
     device = accelerator.device
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     packages = ("torch", "torchvision", "accelerate", "nvidia-dali-cuda120", "numpy")
@@ -200,6 +200,20 @@ def write_start(
     )
     with checkpoint.whole_file(path) as file:
         file.write(json.dumps(starts, indent=1).encode())
+
+
+def _former_starts(path: Path) -> list[dict]:
+    """What environment.json holds; one that is damaged is set aside, and costs no run."""
+    try:
+        starts = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        starts = None
+    if isinstance(starts, list) and all(isinstance(start, dict) for start in starts):
+        return starts
+    aside = path.with_name(f"{path.name}.damaged")
+    path.replace(aside)
+    starting.say(f"warning: {path} is damaged: set aside as {aside.name}, a new one is begun")
+    return []
 
 
 def _version(package: str) -> str | None:

@@ -35,7 +35,8 @@ def splits(
     Args:
         reader: pipelines/readers/*.
         data: its options; `root` is the folder, or the s3:// url, around train and val. What else
-            they say holds for both, but for subsets and the quarantine: they are train's.
+            they say holds for both, but for subsets and the quarantine, which are train's: a
+            quarantine is val's too if it is a folder that holds quarantine-val.jsonl.
         cache: where the reader keeps listings.
         say: told what the user should know.
 
@@ -110,8 +111,14 @@ def is_url(root: str) -> bool:
 
 
 def whole(data: Any, root: str) -> Any:
-    """A reader's options at `root`, less what takes a subset to train on, or leaves images out."""
-    subsets = ("fraction", "per_class", "subset_seed", "quarantine")
+    """A reader's options at `root`, less what takes a subset to train on, or leaves images out.
+
+    A quarantine of both splits, a folder that `fastssl.data check` wrote, stays.
+    """
+    subsets = ("fraction", "per_class", "subset_seed")
+    quarantine = data.quarantine and Path(data.quarantine).expanduser() / "quarantine-val.jsonl"
+    if quarantine and not quarantine.is_file():
+        subsets = (*subsets, "quarantine")
     defaults = {
         field.name: field.default
         for field in fields(data)

@@ -264,7 +264,7 @@ class Memory(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Of a whole bank the own part: only that is read from a file that is mapped."""
+        """Of a whole bank the own part: no more of a file that is mapped is held in memory."""
         whole = state_dict.get(prefix + "rows")
         if self.shards > 1 and whole is not None and len(whole) == self.images:
             own = whole[self.first : self.first + len(self.rows)]

@@ -14,6 +14,8 @@ from torch import nn
 
 from fastssl import depths
 
+MOST = 1e6  # of a rate, a decay and their factors: any product of them is a float32
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
@@ -43,6 +45,10 @@ class Options:
     def __post_init__(self):
         if self.lr <= 0:
             raise ValueError(f"lr ({self.lr}) must be above 0")
+        for name in ("lr", "weight_decay", "head_weight_decay", "head_lr", "trust_coefficient"):
+            number = vars(self)[name]
+            if number is not None and number > MOST:
+                raise ValueError(f"{name} ({number}) must be at most {MOST:g}")
         if self.lr_batch is not None and self.lr_batch < 1:
             raise ValueError(f"lr_batch ({self.lr_batch}) must be at least 1")
         if not 0 <= self.momentum < 1:
@@ -65,8 +71,8 @@ class Options:
             raise ValueError(f"warmup_lr ({self.warmup_lr}) must be from 0 to lr ({self.lr})")
         if self.warmup_epochs < 0:
             raise ValueError(f"warmup_epochs ({self.warmup_epochs}) must be at least 0")
-        if self.gamma <= 0:
-            raise ValueError(f"gamma ({self.gamma}) must be above 0")
+        if not 0 < self.gamma <= 1:
+            raise ValueError(f"gamma ({self.gamma}) must be above 0 and at most 1")
         if self.nesterov and self.momentum == 0:
             raise ValueError(f"momentum ({self.momentum}) must be above 0 when nesterov is true")
         if self.schedule == "multistep":

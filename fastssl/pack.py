@@ -82,6 +82,8 @@ def pack(
     Raises:
         ValueError: the store is there already or being written, STORE.part is of another source or
             form, no file can be decoded, or what was written is read back otherwise.
+        WorkerLost: a worker was killed; its `pieces` are lists of files.
+        MachineFault: a file could not be read, or there is not enough memory to decode it.
         OSError: the disk is full, or cannot be written.
     """
     began = time.monotonic()
@@ -126,7 +128,7 @@ def pack(
             part_folder.sync(part.store)
             part.store.rename(store)
             part_folder.sync(store.parent)
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)  # the store is whole
         except BaseException:
             if not list(folder.glob("finished/*.json")):
                 shutil.rmtree(folder, ignore_errors=True)  # gives a full disk its space back

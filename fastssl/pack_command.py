@@ -24,14 +24,16 @@ from pathlib import Path
 
 from fastssl import demo, pack_part, part_folder, tar_file
 from fastssl.pack import Done, pack
-from fastssl.pack_image import Form
+from fastssl.pack_image import Form, MachineFault
 from fastssl.reader_options import READER, folder_options
 from fastssl.source_links import refuse_links_out
 from fastssl.store_verify import local_store
+from fastssl.worker_pool import WorkerLost
 
 SHARD_MB = 512
 SHORT_SIDE = 292  # pixels: the largest that a recipe resizes to
 QUALITY = 90
+_FEW = 8  # names in a line: what one worker has at a time
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,6 +85,12 @@ def run(given: argparse.Namespace) -> int:
         what = f"{store}: the disk is full" if full else reason
         remedy = ": free some space, or name another disk" if full else ""
         print(f"error: {what}; {_kept(store)}{remedy}", file=sys.stderr)
+        return 2
+    except MachineFault as error:
+        print(f"error: {error}; {_kept(store)}", file=sys.stderr)
+        return 2
+    except WorkerLost as error:
+        print(f"error: {error}{_suspects(error)}; {_kept(store)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"interrupted: {_kept(store)}", file=sys.stderr)
@@ -153,6 +161,19 @@ def _side(text: str | None) -> int | None:
 
 def _say(line: str) -> None:
     print(line, flush=True)
+
+
+def _suspects(error: WorkerLost) -> str:
+    """The files that a worker was killed at, if it is always the same."""
+    paths = [path for piece in error.pieces for path in piece]
+    if not paths:
+        return ""
+    more = f" and {len(paths) - _FEW:,} more" if len(paths) > _FEW else ""
+    few = ", ".join(tar_file.shown(path) for path in paths[:_FEW])
+    return (
+        f"; if that happens again, it is one of {few}{more}:"
+        " `python -m fastssl.data check SOURCE --decode` finds out which, for data.quarantine"
+    )
 
 
 def _kept(store: Path) -> str:

@@ -23,6 +23,7 @@ from fastssl import image_bytes, tar_file
 FILTER = Image.Resampling.LANCZOS
 SUBSAMPLING = "4:2:0"  # as nearly all of ImageNet has it; 4:4:4 decodes slower, and adds nothing
 # to what was 4:2:0 before
+_STRIP = 64  # rows
 _ORIENTATION = 0x0112  # Exif's tag
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -70,6 +71,10 @@ class Form:
             )
 
 
+class MachineFault(Exception):
+    """The machine failed, and nothing is known about the file: it is not to be left out."""
+
+
 @dataclass(frozen=True)
 class Packed:
     """What is stored of an image."""
@@ -87,6 +92,8 @@ def pack(path: str, form: Form, max_pixels: int = image_bytes.MAX_PIXELS) -> Pac
 
     Raises:
         ValueError: it cannot be decoded; the message is the reason, to be put behind a name.
+        MachineFault: it could not be read, two times; says which file.
+        MemoryError: there is not enough to decode it.
     """
     original = _read(path)
     if form.form == "original":
@@ -98,6 +105,8 @@ def pack(path: str, form: Form, max_pixels: int = image_bytes.MAX_PIXELS) -> Pac
         content, height, width = _converted(original, form, max_pixels)
     except UnidentifiedImageError:  # whose own words hold an address in memory
         raise ValueError("not an image that Pillow can read") from None
+    except MemoryError:
+        raise
     except Exception as error:  # whatever a damaged file makes a decoder raise
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise ValueError(f"cannot be decoded: {' '.join(str(reason).split())}") from None
@@ -107,7 +116,11 @@ def pack(path: str, form: Form, max_pixels: int = image_bytes.MAX_PIXELS) -> Pac
 
 
 def pack_all(paths: list[str], form: Form, max_pixels: int) -> list[Packed | str]:
-    """In a worker process: each file, or the reason why not."""
+    """In a worker process: each file, or the reason why not.
+
+    Raises:
+        MachineFault: it is not the file's fault; says which.
+    """
     Image.MAX_IMAGE_PIXELS = None  # ours is told by name
     results: list[Packed | str] = []
     for path in paths:
@@ -115,6 +128,11 @@ def pack_all(paths: list[str], form: Form, max_pixels: int) -> list[Packed | str
             results.append(pack(path, form, max_pixels))
         except ValueError as error:
             results.append(str(error))
+        except MemoryError:
+            raise MachineFault(
+                f"{tar_file.shown(path)}: not enough memory to decode it: give fewer --workers, or"
+                " name it in a data.quarantine"
+            ) from None
     return results
 
 
@@ -134,8 +152,7 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     if turned.mode == "RGB":
         return turned
     if turned.mode.startswith("I"):
-        upper = np.clip(np.asarray(turned).astype(np.int64), 0, 65535) >> 8
-        return Image.fromarray(upper.astype(np.uint8)).convert("RGB")
+        return _upper_bytes(turned).convert("RGB")
     turned.info.pop("transparency", None)  # else Pillow warns that it is lost
     return turned.convert("RGB")
 
@@ -152,6 +169,17 @@ def shrunk(image: Image.Image, form: Form) -> Image.Image:
         return image
     size = (width * form.short_side // short, height * form.short_side // short)
     return image.resize(size, FILTER)
+
+
+def _upper_bytes(image: Image.Image) -> Image.Image:
+    """16-bit gray ("I;16", or "I") as 8 bits; in strips, as numpy has it several times over."""
+    width, height = image.size
+    gray = Image.new("L", image.size)
+    for top in range(0, height, _STRIP):
+        box = 0, top, width, min(top + _STRIP, height)
+        upper = np.clip(np.asarray(image.crop(box)), 0, 65535) >> 8
+        gray.paste(Image.fromarray(upper.astype(np.uint8)), box)
+    return gray
 
 
 def _orientation(image: Image.Image) -> int:
@@ -172,17 +200,29 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _read(path: str) -> bytes:
+    """The file; once more where that fails, as it may on a file server (EIO, ESTALE, ETIMEDOUT)."""
+    try:
+        return _read_once(path)
+    except OSError:
+        pass
+    try:
+        return _read_once(path)
+    except OSError as error:
+        raise MachineFault(f"{tar_file.shown(path)} cannot be read: {error.strerror}") from None
+
+
+def _read_once(path: str) -> bytes:
     try:
         with open(path, "rb") as file:
             if os.fstat(file.fileno()).st_size > tar_file.LARGEST // 2:  # room for a heading
                 raise ValueError("too large for a tar: 4 GB or more")
             return file.read()
-    except OSError as error:
+    except (FileNotFoundError, PermissionError) as error:  # as it was left there
         raise ValueError(f"cannot be read: {error.strerror}") from None
 
 
 def _converted(original: bytes, form: Form, max_pixels: int) -> tuple[bytes, int, int]:
-    with Image.open(io.BytesIO(original)) as opened:
+    with Image.open(io.BytesIO(original), formats=image_bytes.PILLOW_FORMATS) as opened:
         image_bytes.check_pixels(opened.height, opened.width, max_pixels)  # before any is decoded
         image = shrunk(upright_rgb(opened), form)
         if form.form == "raw":

@@ -3,12 +3,15 @@
     STORE.part/plan.json               of what, into what form
     STORE.part/store/                  becomes STORE; while packing, its shards and their .idx
     STORE.part/finished/*.npz, *.json  of every whole shard: its columns; how far the source is read
-A shard counts once its .json is there, which is written after all else is on the disk.
+A shard counts once its .json is there, which is written after all else is on the disk, and ends
+with the SHA-256 of both: a shard whose notes are damaged is packed again.
 """
 
+import hashlib
 import io
 import json
 import os
+import re
 import shutil
 from array import array
 from dataclasses import asdict, dataclass
@@ -21,6 +24,7 @@ import numpy as np
 from fastssl import part_folder
 
 OWN = ("shard", "offset", "size", "height", "width", "label", "checksum", "name_size")
+_NUMBER = re.compile("[0-9]{6}")  # a note's name; others may leave files here (.DS_Store, .nfs...)
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,8 @@ class Part:
         new.unlink(missing_ok=True)
         if not said.exists() and any(folder.iterdir()):
             raise ValueError(f"{folder} holds what no pack has left there: remove it")
-        if restart or kept(folder)[0] == 0:  # what has nothing finished is nobody's loss
+        self.finished = [] if restart else _finished(self.store, self._notes)
+        if not self.finished:  # nobody's loss
             part_folder.clear(folder)
         if said.exists():
             _check_plan(folder, said, plan)
@@ -82,7 +87,6 @@ class Part:
             part_folder.sync(folder)
         self.store.mkdir(exist_ok=True)
         self._notes.mkdir(exist_ok=True)
-        self.finished = _finished(self.store, self._notes)
         self.drop(len(self.finished))
 
     def finish(self, finished: Finished, columns: Columns) -> None:
@@ -92,9 +96,10 @@ class Part:
         numbers = np.array([columns.numbers[key] for key in OWN], np.int64)
         np.savez(file, numbers=numbers, names=np.frombuffer(bytes(columns.names), np.uint8))
         part_folder.sync(self.store)
-        part_folder.write(self._notes / f"{number:06d}.npz", file.getbuffer())
+        columns_of_it, said = file.getbuffer(), json.dumps(asdict(finished)).encode()
+        part_folder.write(self._notes / f"{number:06d}.npz", columns_of_it)
         new = self._notes / f"{number:06d}.new"
-        part_folder.write(new, json.dumps(asdict(finished)).encode())
+        part_folder.write(new, said + b"\n" + _digest(columns_of_it, said))
         new.rename(new.with_suffix(".json"))
         part_folder.sync(self._notes)
         self.finished.append(finished)
@@ -109,7 +114,8 @@ class Part:
             if left.stem not in known:
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
         for left in self._notes.iterdir():
-            if int(left.stem) >= first or left.suffix == ".new":
+            ours = _NUMBER.fullmatch(left.stem)
+            if ours and (int(left.stem) >= first or left.suffix == ".new"):
                 left.unlink()
 
     def columns(self, layout: ModuleType) -> dict[str, np.ndarray]:
@@ -128,8 +134,6 @@ class Part:
 
 def kept(folder: Path) -> tuple[int, int]:
     """How many shards and images are finished in STORE.part."""
-    if not (folder / "finished").is_dir():
-        return 0, 0
     finished = _finished(folder / "store", folder / "finished")
     return len(finished), sum(each.images for each in finished)
 
@@ -150,17 +154,27 @@ def _check_plan(folder: Path, path: Path, plan: dict[str, Any]) -> None:
 
 
 def _finished(store: Path, notes: Path) -> list[Finished]:
-    """The shards from the first on whose files are all there."""
+    """The shards from the first on whose files are all there, with notes that are whole."""
     found: list[Finished] = []
-    while (note := notes / f"{len(found):06d}.json").exists():
-        each = Finished(**json.loads(note.read_bytes()))
-        tar = store / each.name
-        if not (
-            note.with_suffix(".npz").exists()
-            and tar.with_suffix(".idx").exists()
-            and tar.exists()
-            and os.path.getsize(tar) == each.bytes
-        ):
-            break
+    while (each := _noted(store, notes / f"{len(found):06d}.json")) is not None:
         found.append(each)
     return found
+
+
+def _noted(store: Path, note: Path) -> Finished | None:
+    try:
+        said, _, digest = note.read_bytes().partition(b"\n")
+        if digest != _digest(note.with_suffix(".npz").read_bytes(), said):
+            return None
+        each = Finished(**json.loads(said))
+        tar = store / each.name
+        whole = tar.with_suffix(".idx").exists() and os.path.getsize(tar) == each.bytes
+    except (FileNotFoundError, TypeError):  # TypeError: another version's
+        return None
+    return each if whole else None
+
+
+def _digest(columns: bytes | memoryview, said: bytes) -> bytes:
+    digest = hashlib.sha256(columns)
+    digest.update(said)
+    return digest.hexdigest().encode()

@@ -69,9 +69,9 @@ def write(path: Path, content: bytes | memoryview) -> None:
         os.fsync(file.fileno())
 
 
-def sync(folder: Path) -> None:
-    """Forces the names in a folder to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Forces the names in a folder, or what is in a file, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

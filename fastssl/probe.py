@@ -49,8 +49,8 @@ class Options:
             raise ValueError(f"every_epochs ({self.every_epochs}) must be at least 0")
         if not self.neighbours or min(self.neighbours) < 1:
             raise ValueError(f"neighbours ({list(self.neighbours)}) must be positive numbers")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature ({self.temperature}) must be above 0")
+        if not self.temperature >= 1e-4:  # the nearest one's vote would be no number in float32
+            raise ValueError(f"temperature ({self.temperature}) must be above 0, 0.0001 at least")
         if min(self.images, self.batch) < 1:
             raise ValueError(f"images ({self.images}) and batch ({self.batch}) must be at least 1")
 

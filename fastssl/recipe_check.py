@@ -183,10 +183,21 @@ def _checked(key: str, entry: Entry, schema: Schema) -> Any:
         checked = MISSING
     # pydantic takes True and 1.0 for Literal[1]
     if type(checked) is type(read) or (type(read), type(checked)) == (int, float):
+        for each in checked if isinstance(checked, tuple) else (checked,):
+            _refuse_text_that_names_nothing(key, each)
         return checked
     raise ValueError(
         f"expected {_described(hint)}, got {shown(entry.node)}{_why(entry.node, hint)}"
     )
+
+
+def _refuse_text_that_names_nothing(key: str, given: Any) -> None:
+    if not isinstance(given, str):
+        return
+    if "\0" in given:
+        raise ValueError(f"{given!r} has a NUL character, as no file and no name may: take it out")
+    if given.isspace() or (key, given) == ("root", ""):  # which would be the folder one is in
+        raise ValueError(f"{given!r} is blank: write a name, or leave the key out")
 
 
 def _why(node: yaml.Node, hint: Any) -> str:

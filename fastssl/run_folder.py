@@ -27,6 +27,10 @@ _FREE = FREE_ON_RESUME | {regrouping.PARTS}
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # Lustre mounted without flock, some NFS
 
 
+class LockLostError(RuntimeError):
+    """Another run may be in the folder; the message is the whole of what the user should see."""
+
+
 def open_run(out: Path, resume: str, values: dict[str, dict[str, Any]]) -> Path | None:
     """The checkpoint that a run in `out` goes on from; None for a run from its first step.
 
@@ -50,7 +54,7 @@ def open_run(out: Path, resume: str, values: dict[str, dict[str, Any]]) -> Path 
             f"{out} is not empty and train.resume is 'never': name another folder"
             " (train.out=...), delete this one, or go on with its run (train.resume=auto)"
         )
-    given = None if resume in ("auto", "never") else _given(Path(resume), values)
+    given = None if resume in ("auto", "never") else _given(_named(resume), values)
     if _is_fresh(out):
         return given
     newest = checkpoint.latest(out / "checkpoints")
@@ -63,7 +67,7 @@ def open_run(out: Path, resume: str, values: dict[str, dict[str, Any]]) -> Path 
     begun_from = str(recipe["train"]["resume"])
     if given is None:
         elsewhere = begun_from not in ("auto", "never") and newest is None
-        return _given(Path(begun_from), values) if elsewhere else newest
+        return _given(_named(begun_from), values) if elsewhere else newest
     if given.parent.resolve() == (out / "checkpoints").resolve():
         if newest is not None and given.resolve() != newest.resolve():
             raise RecipeError(
@@ -71,7 +75,7 @@ def open_run(out: Path, resume: str, values: dict[str, dict[str, Any]]) -> Path 
                 " on from it name another folder (train.out=...), or delete those after it"
             )
         return given
-    if Path(begun_from).resolve() != Path(resume).resolve():
+    if _named(begun_from).resolve() != _named(resume).resolve():
         raise RecipeError(
             f"{out} holds another run, which was begun with train.resume={begun_from}: to go on"
             f" from {resume} name another folder (train.out=...), to go on with the run in {out}"
@@ -96,7 +100,7 @@ def load(start: Path, out: Path, resume: str, say: Callable[[str], None]) -> tup
         RecipeError: as `checkpoint.load` and `checkpoint.load_newest`.
     """
     is_its_own = start.parent.resolve() == (out / "checkpoints").resolve()
-    if Path(resume).is_file() or not (is_its_own or Path(resume).is_dir()):
+    if _named(resume).is_file() or not (is_its_own or _named(resume).is_dir()):
         return start, checkpoint.load(start)
     return checkpoint.load_newest(start, say)
 
@@ -105,7 +109,8 @@ def lock(out: Path, *, wait: float = 20.0, say: Callable[[str], None] = print) -
     """Take `out`, made if it is not there, for this run; the lock lasts until the file is closed.
 
     It ends with the process, however that ends: there are no stale locks. Only the main process
-    calls this. Writes `.lock` into a folder that is fresh or an interrupted run, into no other.
+    calls this. Writes `.lock` into a folder that is fresh or an interrupted run, into no other, and
+    deletes what a killed process left unfinished.
 
     Args:
         out: the run folder.
@@ -116,19 +121,16 @@ def lock(out: Path, *, wait: float = 20.0, say: Callable[[str], None] = print) -
         RecipeError: another run is using `out`; or it may not be written into, or cannot.
     """
     refuse_unwritable(out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        file = (out / ".lock").open("a+", encoding="utf-8")
-    except OSError as error:
-        raise RecipeError(
-            f"train.out ({out}) cannot be written: {error.strerror}; name another folder"
-        ) from error
+    file = _lock_file(out)
     deadline = time.monotonic() + wait
     waited = False
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
+            if _is_lock_of(file, out):
+                break
+            file.close()  # deleted since it was opened: a lock that nobody else would meet
+            file = _lock_file(out)
         except BlockingIOError:
             if not waited:
                 say(f"{out} is in use by {_holder(file)}; waiting up to {wait:g} s for its end")
@@ -138,7 +140,8 @@ def lock(out: Path, *, wait: float = 20.0, say: Callable[[str], None] = print) -
                 file.close()
                 raise RecipeError(
                     f"{out} is in use by {holder}: wait for its end, stop it, or name another"
-                    " folder (train.out=...)"
+                    " folder (train.out=...). Deleting its .lock would not end it, and would let"
+                    " two runs write over each other"
                 ) from None
             time.sleep(min(0.2, wait))
         except OSError as error:
@@ -150,7 +153,26 @@ def lock(out: Path, *, wait: float = 20.0, say: Callable[[str], None] = print) -
     file.truncate(0)
     file.write(f"process {os.getpid()} on {platform.node()}")
     file.flush()
+    checkpoint.sweep(out)
     return file
+
+
+def check_lock(file: IO[str], out: Path) -> None:
+    """Check that `out` is still this run's alone; cheap.
+
+    Args:
+        file: what `lock` gave.
+        out: the run folder.
+
+    Raises:
+        LockLostError: its `.lock` was deleted or replaced.
+    """
+    if not _is_lock_of(file, out):
+        raise LockLostError(
+            f"{out / '.lock'} was deleted or replaced while this run held it, so that another run"
+            " may be writing here: this one ends and writes nothing more. Never delete that file;"
+            " the same command goes on from the last checkpoint, if one was saved"
+        )
 
 
 def refuse_unwritable(out: Path) -> None:
@@ -212,12 +234,16 @@ def compare_fingerprint(
 def _lost(skipped: dict[int, str]) -> str:
     """What to do about files that were deleted or replaced while the run was reading them."""
     if not skipped:
-        return ""
+        return (
+            "\n  a file was added, deleted, renamed or replaced by one of another size since: undo"
+            " that"
+        )
     some = "".join(f"\n    {reason}" for reason in list(skipped.values())[:5])
     return (
         f"\n  {len(skipped)} that could not be read while training stay skipped; one that was"
-        " deleted or replaced since has to come back first, an image of its name and former size"
-        f" (what it shows does not matter):{some}"
+        " deleted or replaced since has to come back first, an image of its name and former size in"
+        " bytes. What it shows does not matter: any smaller JPEG of that name does, made as long by"
+        f" `truncate -s BYTES FILE`:{some}"
     )
 
 
@@ -252,8 +278,13 @@ def _given(resume: Path, values: dict[str, dict[str, Any]]) -> Path:
             f"train.resume ({resume}) does not exist: give auto, never, a run folder or a"
             " checkpoint in one"
         )
-    run = resume if resume.is_dir() else resume.absolute().parents[1]
+    run = resume if resume.is_dir() else resume.absolute().parent.parent
     path = checkpoint.latest(run / "checkpoints") if resume.is_dir() else resume
+    if path is None and resume.absolute().name == "checkpoints":
+        raise RecipeError(
+            f"train.resume ({resume}) is a folder of checkpoints: give the run folder, {run.parent}"
+            ", or one of them"
+        )
     if path is None:
         raise RecipeError(f"train.resume ({resume}) has no checkpoint in {run / 'checkpoints'}")
     if not (run / "recipe.yaml").exists():
@@ -262,6 +293,11 @@ def _given(resume: Path, values: dict[str, dict[str, Any]]) -> Path:
         )
     _refuse_other_recipe(run, _recipe(run), values)
     return path
+
+
+def _named(resume: str) -> Path:
+    # Path.expanduser raises for an unknown user.
+    return Path(os.path.expanduser(resume))
 
 
 def _recipe(run: Path) -> dict[str, dict[str, Any]]:
@@ -303,6 +339,26 @@ def _finished_at(out: Path) -> str:
         return f"step {json.loads((out / 'backbone.json').read_text(encoding='utf-8'))['step']}"
     except (OSError, ValueError, KeyError, TypeError):
         return "with an unreadable backbone.json"
+
+
+def _lock_file(out: Path) -> IO[str]:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        return (out / ".lock").open("a+", encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(
+            f"train.out ({out}) cannot be written: {error.strerror}; name another folder"
+        ) from error
+
+
+def _is_lock_of(file: IO[str], out: Path) -> bool:
+    """Whether `file` is what the next run would open."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), (out / ".lock").stat())
+    except FileNotFoundError:
+        return False
+    except OSError:  # a network disk that fails for a moment says nothing of it
+        return True
 
 
 def _holder(file: IO[str]) -> str:

@@ -1,6 +1,7 @@
 """Writes what makes a folder of tars a store: the columns of its index, and its manifest."""
 
 import hashlib
+import importlib
 import io
 import json
 from pathlib import Path
@@ -41,12 +42,13 @@ def write_index(folder: Path, columns: dict[str, np.ndarray], layout: ModuleType
 def write_manifest(
     path: Path, about: dict[str, Any], shards: list[Shard], digests: dict[str, str]
 ) -> None:
-    """Writes manifest.json: `about`, the shards with their first rows, and the index."""
+    """Writes manifest.json: `about`, the shards with their first rows, the index, and its seal."""
     said: list[dict[str, Any]] = []
     row = 0
     for each in shards:
         said.append(each._asdict() | {"first_row": row})
         row += each.images
     manifest = about | {"images": row, "shards": said, "index": digests}
+    manifest |= {"sha256": importlib.import_module(LAYOUT).seal(manifest)}
     text = json.dumps(manifest, indent=1) + "\n"  # ASCII: names may be no text at all
     part_folder.write(path, text.encode())

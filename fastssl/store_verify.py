@@ -32,6 +32,8 @@ from fastssl.pack_image import npy_heading, upright_rgb
 from fastssl.work_progress import WorkProgress
 
 _CHUNK = 64  # images a task of a worker that decodes
+_PIECE = 1 << 24  # bytes of an image read at once
+_MAGIC = 16  # bytes that tell an image's format
 
 
 @dataclass(frozen=True)
@@ -81,12 +83,21 @@ def run(given: argparse.Namespace) -> int:
         return 0
     shards = len({each.shard for each in bad if each.shard is not None})
     images = len({each.row for each in bad if each.row is not None})
-    print(
-        f"error: {root}: {tar_file.tars(shards)} and {images:,} images are damaged: copy or pack it"
-        " again, or train without the images named (data.verify=true leaves them out)",
-        file=sys.stderr,
-    )
+    if bad[0].shard is None:  # nothing reads it then
+        more = f", and so are {tar_file.tars(shards)}" if shards else ""
+        reason = f"{bad[0].place} is damaged{more}: copy or pack it again"
+    else:
+        reason = (
+            f"{tar_file.tars(shards)} and {images:,} images are damaged: copy or pack it again, or"
+            " train without the images named (data.verify=true leaves them out)"
+        )
+    print(f"error: {root}: {reason}", file=sys.stderr)
     return 1
+
+
+def row_name(tar: Path, member: str) -> bytes:
+    """What an image is called in the index of a tar that others made."""
+    return os.fsencode(f"{tar.stem}/{tar_file.plain(member)}")
 
 
 def local_store(text: str) -> Path:
@@ -129,8 +140,8 @@ def damages(
     except ValueError as error:
         columns = None
         yield Damage(None, None, layout.INDEX, str(error))
-    said = json.loads((root / layout.MANIFEST).read_bytes())
-    members = said.get("members")
+    with layout.open_file(str(root / layout.MANIFEST)) as file:
+        members = json.loads(file.read()).get("members")
     stop = threading.Event()
     bad: set[int] = set()
     with WorkProgress("verify", manifest.images, "images", say=say) as bar:
@@ -153,7 +164,7 @@ def _shard_damages(
     root: Path,
     manifest: Any,
     columns: dict[str, np.ndarray] | None,
-    members: str,
+    members: Any,
     layout: ModuleType,
     stop: threading.Event,
     number: int,
@@ -161,32 +172,34 @@ def _shard_damages(
     """Of one tar."""
     shard = manifest.shards[number]
     path, index = root / shard.name, (root / shard.name).with_suffix(".idx")
+    place = tar_file.shown(shard.name)
     found: list[Damage] = []
     try:
-        size = path.stat().st_size
-        if size != shard.bytes:
-            reason = f"has {size:,} bytes, and the manifest says {shard.bytes:,}"
-            found.append(Damage(number, None, shard.name, reason))
-        digest = layout.sha256_of(str(path))
-        if digest != shard.sha256:
-            reason = f"has the SHA-256 {digest[:12]}..., not {shard.sha256[:12]}..."
-            found.append(Damage(number, None, shard.name, reason))
-        if columns is None or stop.is_set():
-            return found
-        with path.open("rb", buffering=0) as file:
-            rows = _Rows(file.fileno(), size, manifest, number, columns, layout)
+        with layout.open_file(str(path)) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != shard.bytes:
+                reason = f"has {size:,} bytes, and the manifest says {shard.bytes:,}"
+                found.append(Damage(number, None, place, reason))
+            elif (digest := layout.sha256_of(str(path))) != shard.sha256:
+                reason = f"has the SHA-256 {digest[:12]}..., not {shard.sha256[:12]}..."
+                found.append(Damage(number, None, place, reason))
+            if columns is None or stop.is_set():
+                return found
+            rows = _Rows(file.fileno(), manifest, number, columns, layout)
             if members == store_heads.NUMBERED:
                 found += rows.numbered()
             else:
                 found += rows.named(path)
     except OSError as error:
         reason = f"cannot be read: {error.strerror}"
-        return [*found, Damage(number, None, shard.name, reason)]
+        return [*found, Damage(number, None, place, reason)]
+    place = tar_file.shown(index.name)
     try:
-        if index.read_bytes() != tar_file.index_text(rows.listed):
-            found.append(Damage(number, None, index.name, "is no index of its tar"))
+        with layout.open_file(str(index)) as file:
+            if file.read() != tar_file.index_text(rows.listed):
+                found.append(Damage(number, None, place, "is no index of its tar"))
     except OSError as error:
-        found.append(Damage(number, None, index.name, f"cannot be read: {error.strerror}"))
+        found.append(Damage(number, None, place, f"cannot be read: {error.strerror}"))
     return found
 
 
@@ -196,14 +209,13 @@ class _Rows:
     def __init__(
         self,
         file: int,
-        size: int,
         manifest: Any,
         number: int,
         columns: dict[str, np.ndarray],
         layout: ModuleType,
     ) -> None:
         self.listed: list[tar_file.Member] = []  # as they were found to be
-        self._file, self._size, self._manifest, self._number = file, size, manifest, number
+        self._file, self._manifest, self._number = file, manifest, number
         self._shard = manifest.shards[number]
         self._columns, self._layout = columns, layout
 
@@ -221,10 +233,14 @@ class _Rows:
             begin = offset - len(heading) - tar_file.BLOCK
             if begin != position:
                 found.append(self._of(row, f"is at byte {begin:,} of its tar, not {position:,}"))
-            content = os.pread(self._file, size, offset)
-            found += self._checksum(row, content)
-            extension = "npy" if is_raw else image_bytes.extension(content) or "jpg"
+            begun = os.pread(self._file, _MAGIC, offset)
+            extension = "npy" if is_raw else image_bytes.extension(begun) or "jpg"
             member, length = f"{row:012d}.{extension}", len(heading) + size
+            if length > tar_file.LARGEST:
+                found.append(self._of(row, f"cannot have {length:,} bytes: no tar holds that"))
+                position = offset + size
+                continue
+            found += self._checksum(row)
             self.listed.append(tar_file.Member(member, begin + tar_file.BLOCK, length))
             found += self._expect(row, begin, tar_file.header(member, length) + heading)
             position = offset + size
@@ -239,7 +255,7 @@ class _Rows:
             position += len(after)
         if os.pread(self._file, len(tar_file.END) + 1, position) != tar_file.END:
             reason = f"does not end at byte {position:,}, behind its last image"
-            found.append(Damage(self._number, None, self._shard.name, reason))
+            found.append(self._tar(reason))
         return found
 
     def named(self, path: Path) -> list[Damage]:
@@ -248,22 +264,32 @@ class _Rows:
         try:
             self.listed += tar_file.members(path)
         except ValueError as error:
-            found.append(Damage(self._number, None, self._shard.name, str(error)))
-        places = {(each.offset, each.size) for each in self.listed}
+            found.append(self._tar(str(error)))
+        names = {(each.offset, each.size): each.name for each in self.listed}
         for row in self._rows():
             place = tuple(int(self._columns[key][row]) for key in ("offset", "size"))
-            if place not in places:
+            name = names.get(place)
+            if name is None:
                 found.append(self._of(row, f"no member of the tar is at byte {place[0]:,}"))
-            found += self._checksum(row, os.pread(self._file, place[1], place[0]))
+            elif self._layout.image_name(self._columns, row) != row_name(path, name):
+                reason = f"the member of the tar at byte {place[0]:,} is {tar_file.shown(name)}"
+                found.append(self._of(row, reason))
+            found += self._checksum(row)
         return found
 
     def _rows(self) -> range:
         return range(self._shard.first_row, self._shard.first_row + self._shard.images)
 
-    def _checksum(self, row: int, content: bytes) -> list[Damage]:
-        if len(content) != self._columns["size"][row]:
-            return [self._of(row, "is cut off")]
-        if zlib.crc32(content) != self._columns["checksum"][row]:
+    def _checksum(self, row: int) -> list[Damage]:
+        offset, left = (int(self._columns[key][row]) for key in ("offset", "size"))
+        checksum = 0
+        while left:  # in pieces: the index may claim any size
+            content = os.pread(self._file, min(left, _PIECE), offset)
+            if not content:
+                return [self._of(row, "is cut off")]
+            checksum = zlib.crc32(content, checksum)
+            offset, left = offset + len(content), left - len(content)
+        if checksum != self._columns["checksum"][row]:
             return [self._of(row, "its bytes are not those that were packed (CRC-32)")]
         return []
 
@@ -275,9 +301,13 @@ class _Rows:
         kind = tar_file.kind_of(found[: tar_file.BLOCK])
         return [self._of(row, kind or "what is around it in the tar is not as it was packed")]
 
+    def _tar(self, reason: str) -> Damage:
+        return Damage(self._number, None, tar_file.shown(self._shard.name), reason)
+
     def _of(self, row: int, reason: str) -> Damage:
         name = tar_file.shown(os.fsdecode(self._layout.image_name(self._columns, row)))
-        return Damage(self._number, row, f"{self._shard.name}, image {row:,} ({name})", reason)
+        place = f"{tar_file.shown(self._shard.name)}, image {row:,} ({name})"
+        return Damage(self._number, row, place, reason)
 
 
 def _decoded(
@@ -307,7 +337,8 @@ def _decoded(
                 if reason and row not in known:
                     number = int(columns["shard"][row])
                     name = tar_file.shown(os.fsdecode(layout.image_name(columns, row)))
-                    place = f"{manifest.shards[number].name}, image {row:,} ({name})"
+                    shard = tar_file.shown(manifest.shards[number].name)
+                    place = f"{shard}, image {row:,} ({name})"
                     yield Damage(number, row, place, reason)
                 row += 1
             bar.advance(len(piece))
@@ -322,10 +353,16 @@ def _decode(piece: tuple[str, str, np.ndarray]) -> list[str | None]:
     """In a worker process: for each image of a tar the reason why it is damaged, or None."""
     path, form, places = piece
     Image.MAX_IMAGE_PIXELS = image_bytes.MAX_PIXELS  # and twice that is an error
+    layout = importlib.import_module(store_heads.LAYOUT)
     found: list[str | None] = []
-    with open(path, "rb", buffering=0) as file:
+    try:
+        opened = layout.open_file(path)
+    except OSError:  # said of the tar already
+        return [None] * len(places)
+    with opened as file:
+        end = os.fstat(file.fileno()).st_size
         for offset, size, height, width in places.tolist():
-            content = os.pread(file.fileno(), size, offset)
+            content = os.pread(file.fileno(), max(0, min(size, end - offset)), offset)
             if form == "raw":
                 found.append(None if len(content) == height * width * 3 else "is cut off")
             else:
@@ -335,7 +372,8 @@ def _decode(piece: tuple[str, str, np.ndarray]) -> list[str | None]:
 
 def _decoding(content: bytes, height: int, width: int) -> str | None:
     try:
-        with Image.open(io.BytesIO(content)) as opened:
+        image_bytes.dimensions(content, image_bytes.MAX_PIXELS)
+        with Image.open(io.BytesIO(content), formats=image_bytes.PILLOW_FORMATS) as opened:
             image_bytes.check_pixels(opened.height, opened.width, image_bytes.MAX_PIXELS)
             image = upright_rgb(opened)
     except UnidentifiedImageError:

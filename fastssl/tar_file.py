@@ -13,6 +13,9 @@ from typing import NamedTuple
 BLOCK = 512  # bytes: headers are one, contents are filled up to a multiple
 END = bytes(2 * BLOCK)
 LARGEST = 8**11 - 1  # bytes: eleven octal digits
+_LONGEST = 1 << 20  # bytes of a name, or of all else that is told of a member before it
+_TELLING = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+_TELLING += (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
 _KINDS = {
     tarfile.LNKTYPE: "a hard link",
     tarfile.SYMTYPE: "a link",
@@ -73,15 +76,23 @@ def members(path: Path) -> Iterator[Member]:
                     continue
                 if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse():
                     kind = _KINDS.get(member.type, f"a member of type {member.type!r}")
-                    raise ValueError(f"{shown(name)} in it is {kind}, which is not read")
+                    raise _RefusedError(f"{shown(name)} in it is {kind}, which is not read")
                 if member.size < 0 or member.offset_data + member.size > size:
-                    raise ValueError(f"{shown(name)} in it ends behind the tar's end: cut off")
+                    raise _RefusedError(f"{shown(name)} in it ends behind the tar's end: cut off")
                 yield Member(name, member.offset_data, member.size)
             # tarfile takes a damaged header for the end
             if not _is_end(path, tar.offset, size):
-                raise ValueError(f"damaged at byte {tar.offset:,}: no header of a member")
-    except (tarfile.TarError, RecursionError, UnicodeError) as error:
-        raise ValueError(f"no tar that can be read: {error}") from None
+                raise _RefusedError(f"damaged at byte {tar.offset:,}: no header of a member")
+    except (_RefusedError, OSError):
+        raise
+    except Exception as error:  # whatever a damaged header makes tarfile raise
+        reason = shown(" ".join(str(error).split()))
+        raise ValueError(f"no tar that can be read: {reason}") from None
+
+
+def plain(name: str) -> str:
+    """A member's name without what means nothing: `./a//b.jpg` is `a/b.jpg`."""
+    return "/".join(part for part in name.split("/") if part not in ("", "."))
 
 
 def split(name: str) -> tuple[str, str]:
@@ -123,12 +134,18 @@ def shown(name: str) -> str:
     return name if name.isprintable() else ascii(name)
 
 
+class _RefusedError(ValueError):
+    """In our own words."""
+
+
 class _Info(tarfile.TarInfo):  # tarfile's own way to be told how headers are to be read
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> tarfile.TarInfo:
         info = super().frombuf(buf, encoding, errors)
         if info.size < 0:  # older tarfile goes round in circles (CVE-2025-8194)
             raise tarfile.HeaderError("negative size")
+        if info.type in _TELLING and info.size > _LONGEST:  # read into memory at once
+            raise tarfile.HeaderError(f"a name or header of {info.size:,} bytes")
         return info
 
 

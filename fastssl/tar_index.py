@@ -11,14 +11,16 @@ be decoded get no row and are named, and so are those without a label where othe
 
 import argparse
 import contextlib
+import fcntl
 import hashlib
 import importlib
+import itertools
 import json
 import os
 import re
 import shutil
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -29,7 +31,7 @@ import numpy as np
 import fastssl
 from fastssl import image_bytes, part_folder, store_heads, tar_file, worker_pool
 from fastssl.store_heads import Shard
-from fastssl.store_verify import local_store
+from fastssl.store_verify import local_store, row_name
 from fastssl.tar_file import shown
 from fastssl.work_progress import WorkProgress
 
@@ -79,6 +81,14 @@ def run(given: argparse.Namespace) -> int:
         if count < 1:
             raise ValueError(f"{name} ({count}) must be at least 1")
     folder = local_store(given.folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: there is no such folder")
+    with _locked(folder):
+        _index(folder, given)
+    return 0
+
+
+def _index(folder: Path, given: argparse.Namespace) -> None:
     layout = importlib.import_module(store_heads.LAYOUT)  # pipelines/ is beside us, not beneath
     tars = _tars(folder, layout)
     work = partial(look, label_key=given.label_key, max_pixels=given.max_pixels)
@@ -94,11 +104,10 @@ def run(given: argparse.Namespace) -> int:
             bar.advance(each.size)
     index_of = {path.with_suffix(".idx"): each.idx for path, each in zip(tars, found, strict=True)}
     for path, content in index_of.items():
-        if path.exists() and path.read_bytes() != content:
+        if os.path.lexists(path) and not (path.is_file() and path.read_bytes() == content):
             raise ValueError(f"{path} is there and is no index of its tar: remove it")
     said = _write(folder, tars, found, index_of, layout)
     print(said, flush=True)
-    return 0
 
 
 def look(path: Path, *, label_key: str, max_pixels: int) -> Found | str:
@@ -122,7 +131,8 @@ def _look(path: Path, label_key: str, max_pixels: int) -> Found:
     with path.open("rb", buffering=0) as file:
         for member in listed:
             refuse_hostile(member.name)
-            key, extension = tar_file.split(member.name)
+            name = tar_file.plain(member.name)
+            key, extension = tar_file.split(name)
             extension = extension.lower()
             if extension in ("cls", "json"):
                 text = _label(_read(file.fileno(), member, _LABEL_BYTES), extension, label_key)
@@ -130,23 +140,23 @@ def _look(path: Path, label_key: str, max_pixels: int) -> Found:
                     labels[key] = text
             elif extension not in EXTENSIONS or not key or key.endswith("/"):
                 passed_over += 1
-            elif member.name in names:
-                left_out[member.name] = "an image before it has the same name"
+            elif name in names:
+                left_out[name] = "an image before it has the same name"
             else:
-                names.add(member.name)
+                names.add(name)
                 content = _read(file.fileno(), member, member.size)
                 try:
                     shape = image_bytes.dimensions(content, max_pixels)
                 except ValueError as error:
-                    left_out[member.name] = str(error)
+                    left_out[name] = str(error)
                     continue
                 numbers.append((member.offset, member.size, *shape, zlib.crc32(content)))
-                images.append((key, member.name))
+                images.append((key, name))
     return Found(
         path.stat().st_size,
         _sha256(path),
         np.array(numbers, np.int64).reshape(-1, len(_NUMBERS)),
-        [os.fsencode(name) for _, name in images],
+        [row_name(path, name) for _, name in images],
         [labels.get(key) for key, _ in images],
         left_out,
         passed_over,
@@ -155,7 +165,7 @@ def _look(path: Path, label_key: str, max_pixels: int) -> Found:
 
 
 def refuse_hostile(name: str) -> None:
-    """Refuses a member's name that would lead out of a folder.
+    """Refuses a member's name that would lead out of a folder, or is none of a file.
 
     Raises:
         ValueError: the message is the reason, to be put behind the tar's name.
@@ -164,11 +174,25 @@ def refuse_hostile(name: str) -> None:
         raise ValueError(
             f"{shown(name)} in it leads out of the folder that it would be unpacked to"
         )
+    if "\0" in name:
+        raise ValueError(f"{shown(name)} in it has a zero byte in its name")
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """For this process alone: another would remove what this one has made."""
+    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder} is being indexed by another process: wait for it") from None
+        yield
+    finally:
+        os.close(lock)
 
 
 def _tars(folder: Path, layout: ModuleType) -> list[Path]:
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: there is no such folder")
     for name in (layout.MANIFEST, layout.INDEX):
         if os.path.lexists(folder / name):
             raise ValueError(f"{folder / name} is there already: it has an index, or remove it")
@@ -193,13 +217,14 @@ def _label(content: bytes, extension: str, key: str) -> str | None:
     """A label as text; None: there is none."""
     try:
         text = content.decode().strip()
-        if extension == "cls":
-            return text or None
-        said: Any = json.loads(text)
+        if extension != "cls":
+            said: Any = json.loads(text)
+            value = said.get(key) if isinstance(said, dict) else None
+            text = str(value) if isinstance(value, str | int) else ""
+        is_name = b"\0" not in os.fsencode(text)  # JSON knows halves of characters
     except (ValueError, RecursionError):
         return None
-    value = said.get(key) if isinstance(said, dict) else None
-    return str(value) if isinstance(value, str | int) and str(value) else None
+    return text if text and is_name else None
 
 
 def _write(
@@ -218,7 +243,7 @@ def _write(
         left_out |= {f"{path.stem}/{name}": reason for name, reason in each.left_out.items()}
         has = np.array([not classes or label is not None for label in each.labels], bool)
         for row in np.flatnonzero(~has).tolist():
-            left_out[f"{path.stem}/{os.fsdecode(each.names[row])}"] = "no label, as others have"
+            left_out[os.fsdecode(each.names[row])] = "no label, as others have"
         kept.append(np.flatnonzero(has))
     images = sum(map(len, kept))
     if not images:
@@ -228,9 +253,7 @@ def _write(
         )
     number_of = {name: number for number, name in enumerate(classes)}
     names = [
-        os.fsencode(path.stem) + b"/" + each.names[row]
-        for path, each, rows in zip(tars, found, kept, strict=True)
-        for row in rows.tolist()
+        each.names[row] for each, rows in zip(found, kept, strict=True) for row in rows.tolist()
     ]
     numbers = np.concatenate([each.numbers[rows] for each, rows in zip(found, kept, strict=True)])
     columns = dict(zip(_NUMBERS, numbers.T, strict=True)) | {
@@ -263,12 +286,12 @@ def _write(
     try:
         for path, content in index_of.items():
             if not path.exists():
-                ours.append(path)
-                part_folder.write(path, content)
-        ours.append(folder / layout.INDEX)
-        digests = store_heads.write_index(folder / layout.INDEX, columns, layout)
-        ours.append(folder / layout.MANIFEST)
-        store_heads.write_manifest(folder / layout.MANIFEST, about, shards, digests)
+                with _making(path, ours):
+                    part_folder.write(path, content)
+        with _making(folder / layout.INDEX, ours):
+            digests = store_heads.write_index(folder / layout.INDEX, columns, layout)
+        with _making(folder / layout.MANIFEST, ours):
+            store_heads.write_manifest(folder / layout.MANIFEST, about, shards, digests)
         part_folder.sync(folder)
     except BaseException:
         for path in ours:
@@ -285,11 +308,30 @@ def _write(
     )
 
 
+@contextlib.contextmanager
+def _making(path: Path, ours: list[Path]) -> Iterator[None]:
+    """Notes what the block makes, also where it fails half-way, unless it was there before."""
+    try:
+        yield
+    except FileExistsError:
+        raise
+    except BaseException:
+        ours.append(path)
+        raise
+    ours.append(path)
+
+
 def _classes(labels: set[str]) -> list[str]:
     """The names of classes: numbers by their value, all others by their text."""
-    if all(re.fullmatch(r"[0-9]{1,18}", label) for label in labels):
-        return sorted(labels, key=lambda label: (int(label), label))
-    return sorted(labels)
+    if not all(re.fullmatch(r"[0-9]{1,18}", label) for label in labels):
+        return sorted(labels)
+    numbers = sorted(labels, key=lambda label: (int(label), label))
+    for one, other in itertools.pairwise(numbers):
+        if int(one) == int(other):
+            raise ValueError(
+                f"the labels {one} and {other} are the same number: write it in one way in all tars"
+            )
+    return numbers
 
 
 def _sha256(path: Path) -> str:

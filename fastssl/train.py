@@ -58,7 +58,7 @@ from fastssl import (
 )
 from fastssl.config import Recipe
 from fastssl.head_probe import HeadProbe
-from fastssl.loader import DataError, Loader, output_names, seed_of, threads_per_process
+from fastssl.loader import Loader, output_names, seed_of, threads_per_process
 from fastssl.loader import Options as LoaderOptions
 from fastssl.memory import Memory
 from fastssl.rehearsal import rehearse, rehearse_probe
@@ -80,19 +80,24 @@ def start(load: Callable[[], Recipe]) -> int:
     Returns:
         The exit code.
     """
+    together = False
     try:
         recipe = load()
         with contextlib.ExitStack() as until_the_end:
-            return train(recipe, until_the_end)
+            try:
+                return train(recipe, until_the_end)
+            finally:
+                together = dist.is_initialized()
     except (ValueError, OSError, RuntimeError, TypeError, MemoryError) as error:
-        mine = isinstance(error, ValueError | Diverged)
+        mine = isinstance(error, ValueError | Diverged | DataLost | run_folder.LockLostError)
         said = str(error) if mine else failures.told(error)
         if said is None:
             raise
-        # Every process of a machine meets the same mistake; its first one tells it.
-        alone = isinstance(error, DataError) or failures.is_of_others(error)
+        # Every process of a machine meets the same mistake, and its first one tells it; but once
+        # they work together, a file, a disk or the memory may fail for one of them alone.
+        is_own = together and not isinstance(error, Diverged)
         rank = starting.environment("RANK", 0)
-        if starting.environment("LOCAL_RANK", 0) == 0 or alone or failures.is_of_memory(error):
+        if starting.environment("LOCAL_RANK", 0) == 0 or is_own or failures.is_of_memory(error):
             where = f" (rank {rank} on {platform.node()})" if rank else ""
             print(f"error{where}: {said}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, ValueError) else 1
@@ -109,13 +114,15 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
         until_the_end: closes what the run holds: lock, journal, process group, signals.
 
     Raises:
-        ValueError: a mistake in the recipe, its input or the run folder, found before a device is
-            touched; or images that can't be read any more.
+        ValueError: a mistake in the recipe, its input or the run folder, found before the first
+            step.
+        DataLost: images can't be read any more.
         Diverged: the loss is not a number.
+        run_folder.LockLostError: another run may be in the run folder.
         checkpoint.CheckpointError: the last checkpoint could not be written.
     """
     # ---- What is to be done: nothing below has touched a device, nothing is written yet --------
-    options, out = recipe.train, Path(recipe.train.out or Path("runs") / recipe.name)
+    options, out = recipe.train, _folder(recipe)
     rank, world = starting.environment("RANK", 0), starting.environment("WORLD_SIZE", 1)
     say = starting.say if rank == 0 else starting.silent
     is_first_here = starting.environment("LOCAL_RANK", 0) == 0
@@ -232,10 +239,10 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
         rehearse_probe(recipe.data, samples, recipe.evaluation, backbone, how)
 
     # ---- The run folder: nothing is written before --------------------------------------------
-    start, saved = None, None
+    start, saved, held = None, None, None
     if rank == 0:
         run_folder.open_run(out, options.resume, recipe.values)  # reads only: refuses untouched
-        until_the_end.enter_context(run_folder.lock(out))
+        held = until_the_end.enter_context(run_folder.lock(out))
         start = run_folder.open_run(out, options.resume, recipe.values)
         if start is not None:
             start, saved = run_folder.load(start, out, options.resume, say)
@@ -335,7 +342,11 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
     step, now = 0, None
     recent: list[tuple[Tensor, dict[str, Tensor]]] = []  # loss and metrics since the last line
     if start is not None:
-        saved = saved or checkpoint.load(start)
+        if saved is None and is_first_here:  # its check sum, once a machine
+            saved = checkpoint.load(start)
+        if control is not None:
+            dist.barrier(group=control)
+        saved = saved or checkpoint.load(start, checked=True)
         objective.load_state_dict(saved["objective"])
         optimizer.load_state_dict(saved["optimizer"])
         if accelerator.scaler is not None:
@@ -366,15 +377,16 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
         ]
         here = {"loader": loader.state(), "rng": checkpoint.rng_state(), "recent": pending}
         ranks = distributed.objects_to_first(here, control)
-        held = objective.state_dict()  # of all processes: a bank that is shared out is collected
-        if rank != 0:
+        whole = objective.state_dict()  # of all processes: a bank that is shared out is collected
+        if held is None:
             return out
+        run_folder.check_lock(held, out)
         epoch = step // steps_per_epoch
         state = {
             "step": step,
             "recipe": recipe.values,
             "fingerprint": fingerprint,
-            "objective": held,
+            "objective": whole,
             "optimizer": optimizer.state_dict(),
             "scaler": None if accelerator.scaler is None else accelerator.scaler.state_dict(),
             "ranks": ranks,
@@ -400,7 +412,8 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
         if bad is not None:
             at = step - 1 - (len(losses) - 1 - bad) // options.accumulate
             whole = np.concatenate([rows_of_step(at, each, world, batch) for each in range(world)])
-            raise Diverged(at, losses[bad], whole, samples.path)
+            is_saved = checkpoint.latest(out / "checkpoints") is not None
+            raise Diverged(at, losses[bad], whole, samples.path, is_saved=is_saved)
         return losses
 
     def measure() -> None:
@@ -464,7 +477,10 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
         optim.set_lr(optimizer, lr)
         optimizer.zero_grad()
         for part in range(options.accumulate):
-            tensors = next(loader)
+            try:
+                tensors = next(loader)
+            except ValueError as error:
+                raise DataLost(error, checkpoint.latest(out / "checkpoints")) from error
             # Gradients are exchanged once a step, with its last part.
             last = part == options.accumulate - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(model):
@@ -556,15 +572,38 @@ class Diverged(RuntimeError):
     """The loss is not a finite number: training on would write nonsense into the weights."""
 
     def __init__(
-        self, step: int, loss: float, rows: np.ndarray, path: Callable[[int], str]
+        self,
+        step: int,
+        loss: float,
+        rows: np.ndarray,
+        path: Callable[[int], str],
+        *,
+        is_saved: bool,
     ) -> None:
         """Names the step (counted from 1) and the images of its batch, on all processes."""
+        before = "The last checkpoint is from before. " if is_saved else ""
         listed = ", ".join(str(row) for row in rows)
         super().__init__(
             f"the loss is {loss} at step {step + 1}: a lower optim.lr, optim.warmup_epochs, "
-            f"train.clip or train.precision=fp32 may help. The last checkpoint is from before. "
+            f"train.clip or train.precision=fp32 may help. {before}"
             f"The batch: rows {listed} of the listing (the first is {path(rows[0])})"
         )
+
+
+class DataLost(RuntimeError):
+    """Images can't be read any more: no mistake in the recipe, which has trained with them."""
+
+    def __init__(self, error: ValueError, saved: Path | None) -> None:
+        """Names what `error` does, and where the run goes on."""
+        where = "starts anew: nothing was saved yet" if saved is None else f"goes on from {saved}"
+        super().__init__(f"{error} (once that is mended, the same command {where})")
+
+
+def _folder(recipe: Recipe) -> Path:
+    out = recipe.train.out
+    if out is None:
+        return Path("runs") / recipe.name
+    return Path(os.path.expanduser(out))  # Path's own raises for an unknown user
 
 
 def _cannot_restart(world: int) -> bool:

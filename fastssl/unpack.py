@@ -6,6 +6,7 @@ Of a store of originals this is the folder that was packed, without the files th
 Images that were converted get the format's ending behind their name where that says otherwise;
 raw pixels become PNGs. Nothing that the store says can lead out of the new folder: names with ".."
 or from the root, links, devices and images over --max-pixels are refused, before any is written.
+All is forced to the disk before the folder gets its name.
 """
 
 import argparse
@@ -78,6 +79,14 @@ def unpack(store: Path, folder: Path, *, max_pixels: int, workers: int) -> int:
     part_folder.check_new(folder)
     layout = importlib.import_module(store_heads.LAYOUT)  # pipelines/ is beside us, not beneath
     manifest = layout.read_manifest(str(store))
+    heads = [
+        layout.MANIFEST,
+        layout.INDEX,
+        *(f"{layout.INDEX}/{name}.npy" for name in manifest.index),
+    ]
+    for name in [*heads, *(shard.name for shard in manifest.shards)]:
+        if (store / name).is_symlink():
+            raise ValueError(f"{store}: {shown(name)} is refused: it is a link")
     columns = layout.read_columns(str(store / layout.INDEX), manifest)
     for row, name in enumerate(_names(manifest, columns, layout)):
         _check(store, row, name)
@@ -89,6 +98,7 @@ def unpack(store: Path, folder: Path, *, max_pixels: int, workers: int) -> int:
             raise ValueError(f"{part} is left from an unpack that was killed: remove it")
         try:
             _write_all(store, part, manifest, columns, layout, max_pixels)
+            _sync_all(part)
             part.rename(folder)
             part_folder.sync(folder.parent)
         except BaseException:
@@ -109,7 +119,7 @@ def _write_all(
     keys = ("offset", "size", "height", "width")
     with WorkProgress("unpack", manifest.images, "images") as bar:
         for shard in manifest.shards:
-            with (store / shard.name).open("rb", buffering=0) as file:
+            with layout.open_file(str(store / shard.name)) as file:
                 for _ in range(shard.images):
                     row, name = next(names)
                     offset, size, height, width = (int(columns[key][row]) for key in keys)
@@ -127,6 +137,14 @@ def _write_all(
                         reason = "another image has its name, or one of its folders'"
                         raise ValueError(_refused(store, row, name, reason)) from None
                     bar.advance()
+
+
+def _sync_all(part: Path) -> None:
+    """Forces all to the disk; last, when the kernel has written most of it by itself."""
+    for folder, _, names in os.walk(part):
+        for name in names:
+            part_folder.sync(Path(folder, name))
+        part_folder.sync(Path(folder))
 
 
 def _names(manifest: Any, columns: dict[str, np.ndarray], layout: ModuleType) -> Iterator[bytes]:

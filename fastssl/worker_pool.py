@@ -9,10 +9,26 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from typing import TypeVar
+from itertools import islice
+from typing import Any, TypeVar
 
 Piece = TypeVar("Piece")
 Result = TypeVar("Result")
+
+
+class WorkerLost(ValueError):
+    """A worker was killed: by the kernel for want of memory, or by what it was given."""
+
+    def __init__(self, workers: int, pieces: list[Any]) -> None:
+        """Says it in a line.
+
+        Args:
+            workers: processes that there were.
+            pieces: that they were busy with; one of them it was.
+        """
+        fewer = f": give fewer than --workers {workers}" if workers > 1 else ""
+        super().__init__(f"a worker process was killed, perhaps for want of memory{fewer}")
+        self.pieces = pieces
 
 
 def in_order(
@@ -29,29 +45,38 @@ def in_order(
         workers: processes.
 
     Raises:
-        ValueError: a worker was killed, as by the kernel for want of memory.
+        WorkerLost: a worker was killed.
     """
     # forkserver: the parent has threads of its own, which do not survive a fork. The workers import
     # the program again (`python -m fastssl.data`), so that nothing heavy is at its top.
     context = multiprocessing.get_context("forkserver")
     interrupt = Interrupt()
     executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin)
-    pending: deque[Future[Result]] = deque()
+    pending: deque[tuple[Piece, Future[Result]]] = deque()
     try:
         for piece in pieces:
-            pending.append(executor.submit(work, piece))
+            pending.append((piece, executor.submit(work, piece)))
             if len(pending) > 2 * workers:
-                yield interrupt.result(pending.popleft())
+                yield interrupt.result(pending[0][1])
+                pending.popleft()
         while pending:
-            yield interrupt.result(pending.popleft())
+            yield interrupt.result(pending[0][1])
+            pending.popleft()
     except BrokenProcessPool:
-        raise ValueError(
-            f"a worker process was killed, perhaps for want of memory: give fewer than"
-            f" --workers {workers}"
-        ) from None
+        raise WorkerLost(workers, _busy_with(pending, workers)) from None
     finally:
         executor.shutdown(cancel_futures=True)
         interrupt.restore()
+
+
+def _busy_with(pending: Iterable[tuple[Piece, Future[Result]]], workers: int) -> list[Piece]:
+    """What the workers of a broken pool had begun: they begin in order, each one at a time."""
+    lost = (
+        piece
+        for piece, future in pending
+        if not future.done() or isinstance(future.exception(), BrokenProcessPool)
+    )
+    return list(islice(lost, workers))
 
 
 class Interrupt:

@@ -2,6 +2,9 @@
 
 from pipelines.ops import Colors
 
+LEAST_FRACTION = 1e-4  # of an image: 2 x 2 pixels of 224 x 224
+MOST_FACTOR = 1000  # a blur of more takes DALI minutes
+STRONGEST = 100  # colours are all at their ends by then
 MOST_PIXELS = 16_384  # a side of what a graph puts out: 800 MB an image; DALI would try and hang
 
 
@@ -46,19 +49,25 @@ def fractions(**ranges: tuple[float, float]) -> None:
         ValueError: names the first.
     """
     for name, (low, high) in ranges.items():
-        if not 0 < low <= high <= 1:
-            raise ValueError(f"{name} ([{low}, {high}]) must be two ascending fractions in 0 ... 1")
+        if not LEAST_FRACTION <= low <= high <= 1:
+            raise ValueError(
+                f"{name} ([{low}, {high}]) must be two ascending fractions in {LEAST_FRACTION}"
+                " ... 1"
+            )
 
 
 def factors(**ranges: tuple[float, float]) -> None:
-    """Refuses a range of factors, ratios or widths that is not above 0.
+    """Refuses a range of factors, ratios or widths that is not above 0, or far too large.
 
     Raises:
         ValueError: names the first.
     """
     for name, (low, high) in ranges.items():
-        if not 0 < low <= high:
-            raise ValueError(f"{name} ([{low}, {high}]) must be two ascending numbers above 0")
+        if not 1 / MOST_FACTOR <= low <= high <= MOST_FACTOR:
+            raise ValueError(
+                f"{name} ([{low}, {high}]) must be two ascending numbers above 0, from"
+                f" {1 / MOST_FACTOR:g} to {MOST_FACTOR}"
+            )
 
 
 def colors(strengths: Colors) -> None:
@@ -68,11 +77,14 @@ def colors(strengths: Colors) -> None:
         ValueError: names the first.
     """
     probabilities(grayscale=strengths.grayscale)
-    at_least(
-        0,
-        brightness=strengths.brightness,
-        contrast=strengths.contrast,
-        saturation=strengths.saturation,
-    )
+    by_name = {
+        "brightness": strengths.brightness,
+        "contrast": strengths.contrast,
+        "saturation": strengths.saturation,
+    }
+    at_least(0, **by_name)
+    for name, value in by_name.items():
+        if value > STRONGEST:
+            raise ValueError(f"{name} ({value}) must be at most {STRONGEST}")
     if not 0 <= strengths.hue <= 0.5:
         raise ValueError(f"hue ({strengths.hue}) must be a part of a full turn, 0 ... 0.5")

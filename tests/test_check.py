@@ -1,5 +1,6 @@
 """`python -m fastssl.data check`: what it finds, and that nothing on a disk stops it."""
 
+import errno
 import hashlib
 import io
 import json
@@ -24,7 +25,7 @@ from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.types import DALIImageType
 from PIL import Image, ImageOps
 
-from fastssl import check_image, check_report, check_scan, data, loader
+from fastssl import check_image, check_report, check_scan, data, loader, worker_pool
 from fastssl.check_image import DECODED, RECORD, SAME, SEEN, STRICTLY, Piece
 from fastssl.check_progress import Progress
 from fastssl.check_scan import Split
@@ -300,14 +301,15 @@ def test_copies_are_found_and_nothing_else(tmp_path):
     assert whole["duplicates"] == quick["duplicates"]
     assert (tmp_path / "whole" / "duplicates.jsonl").read_text().splitlines() == lines
     assert set(quick["splits"]) == {"train", "val"}
-    assert (tmp_path / "quick" / "quarantine-val.jsonl").exists()
+    advised = yaml.safe_load((tmp_path / "quick" / "recipe.yaml").read_text())["data"]["quarantine"]
+    assert quarantine.read(advised, str(root / "val")) == {}
 
 
 def test_without_decoding_only_what_may_be_a_copy_is_read_as_a_whole(tmp_path):
     root = write(tmp_path / "images", {f"{k}.jpg": encoded(quality=50 + k) for k in range(8)})
     shutil.copy(root / "3.jpg", root / "copy.jpg")
     check(root, tmp_path / "out")
-    with Progress(tmp_path / "out" / "progress.bin") as progress:
+    with Progress(tmp_path / "out" / "progress.bin", ascii(str(root))) as progress:
         keys = {name: check_image.key_of(name) for name in (b"3.jpg", b"copy.jpg", b"4.jpg")}
         found = progress.find(np.array(list(keys.values()), np.uint64))
 
@@ -365,7 +367,7 @@ def test_a_file_that_kills_its_decoder_is_bad_and_the_others_are_not(tmp_path):
     shutil.copy(root / "0.jpg", root / "3-deadly.jpg")
     samples = folder.list_samples(folder.Options(root=str(root)), cache=None, say=print)
     split = Split("", samples)
-    with Progress(tmp_path / "progress") as progress, WorkProgress("check", 7, "images") as bar:
+    with Progress(tmp_path / "progress", "") as progress, WorkProgress("check", 7, "images") as bar:
         check_scan.scan(
             [split],
             [samples.usable],
@@ -381,6 +383,110 @@ def test_a_file_that_kills_its_decoder_is_bad_and_the_others_are_not(tmp_path):
     assert split.bad == {3: "ended the process that decoded it: a crash, or memory"}
     assert os.path.basename(samples.path(3)) == "3-deadly.jpg"
     assert np.count_nonzero(split.good) == 6
+
+
+@pytest.fixture
+def few(tmp_path) -> Split:
+    """Forty images that nothing was found of yet."""
+    root = write(tmp_path / "images", {f"{k:02}.jpg": encoded() for k in range(40)})
+    samples = folder.list_samples(folder.Options(root=str(root)), cache=None, say=print)
+    return Split("", samples)
+
+
+def scan(split: Split, progress: Path) -> None:
+    with Progress(progress, "") as kept, WorkProgress("check", 40, "images") as bar:
+        check_scan.scan(
+            *([split], [split.samples.usable], kept, bar),
+            **{"decode": True, "digest": False, "most_pixels": 10**8, "workers": 2},
+        )
+
+
+@pytest.mark.parametrize("sound_ones_pass", [False, True])
+def test_workers_that_end_whatever_they_look_at_are_no_fault_of_the_images(
+    few, sound_ones_pass, tmp_path, monkeypatch
+):
+    def in_order(_, pieces, workers):
+        for piece in pieces:
+            if not (piece.names[0] == b"sound.jpg" and sound_ones_pass):
+                raise worker_pool.WorkerLost(workers, [piece])
+            yield check_image.look(piece)
+
+    monkeypatch.setattr(worker_pool, "in_order", in_order)
+    said = r"17 files one .* '16\.jpg': rather memory"
+    with pytest.raises(ValueError, match=said if sound_ones_pass else "end at sound ones too"):
+        scan(few, tmp_path / "progress")
+
+    assert few.bad == {}
+
+
+def test_a_worker_s_own_mistake_is_no_lost_worker(few, tmp_path, monkeypatch):
+    def in_order(*_):
+        raise ValueError("a mistake")
+        yield
+
+    monkeypatch.setattr(worker_pool, "in_order", in_order)
+    with pytest.raises(ValueError, match="a mistake"):
+        scan(few, tmp_path / "progress")
+
+
+def test_a_decoder_that_cannot_be_imported_is_no_fault_of_the_images(few, tmp_path, monkeypatch):
+    def in_order(_, pieces, workers):
+        return map(check_image.look, pieces)
+
+    def broken(name: str):
+        raise ImportError(f"{name}: undefined symbol")
+
+    monkeypatch.setattr(worker_pool, "in_order", lambda *given: (yield from in_order(*given)))
+    monkeypatch.setattr(check_image.importlib, "import_module", broken)
+    with pytest.raises(ValueError, match="a decoder cannot be used: simplejpeg: undefined symbol"):
+        scan(few, tmp_path / "progress")
+
+
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("fault", [OSError(errno.EIO, "Input/output error"), MemoryError()])
+def test_what_cannot_be_read_for_now_is_not_bad(fault, times, tmp_path, monkeypatch):
+    write(tmp_path, {"a.jpg": encoded(), "b.jpg": encoded()})
+    faults = [fault] * times
+    opens = os.open
+
+    def fails(path, *how, **more):
+        if os.fsencode(path).endswith(b"b.jpg") and faults:
+            raise faults.pop()
+        return opens(path, *how, **more)
+
+    monkeypatch.setattr(os, "open", fails)
+    found = look(tmp_path, "a.jpg", "b.jpg")
+
+    assert found.bad == {}
+    if times == 1 and isinstance(fault, OSError):
+        assert found.unread == {}
+    else:
+        words = "not enough memory" if isinstance(fault, MemoryError) else "Input/output error"
+        assert found.unread == {1: f"cannot be read: {words}"}
+        assert found.records["state"].tolist() == [STRICTLY, 0]
+
+
+def test_files_that_could_not_be_read_are_named_and_not_quarantined(tmp_path, monkeypatch, capsys):
+    root = write(tmp_path / "images", {f"{k}.jpg": encoded() for k in range(4)})
+    dimensions = headers.dimensions
+
+    def fails(path):
+        if path.endswith(b"2.jpg"):
+            raise ValueError("cannot be read: Stale file handle")
+        return dimensions(path)
+
+    monkeypatch.setattr(headers, "dimensions", fails)
+    command = ["check", str(root), "--out", str(tmp_path / "out"), "--workers", "1"]
+    code = data.main(command)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())["splits"]["all"]
+    said = capsys.readouterr().out
+    monkeypatch.undo()
+
+    assert code == 1
+    assert "1  could not be read, such as 2.jpg (cannot be read: Stale file handle)" in said
+    assert (report["images"], report["bad"], report["unread"]) == (3, 0, 1)
+    assert report["unread_files"] == {"2.jpg": "cannot be read: Stale file handle"}
+    assert quarantine.read(tmp_path / "out" / "quarantine.jsonl") == {}
 
 
 def test_nothing_of_the_images_is_touched(broken, tmp_path):
@@ -446,9 +552,12 @@ def test_a_check_that_is_stopped_goes_on_and_finds_the_same(how, tmp_path, check
             time.sleep(0.01)
         process.send_signal(how)
         said, _ = process.communicate()
-    found = progress.stat().st_size // 64 - 1
+    names = [b"%03d/%d.jpg" % (copy, k) for copy in range(250) for k in range(4)]
+    keys = np.array([check_image.key_of(name) for name in names], np.uint64)
+    with Progress(progress, ascii(str(root))) as known:
+        found = np.count_nonzero(known.find(keys)["state"])
 
-    assert 150 <= found < 1000
+    assert 100 <= found < 1000
     assert process.returncode == (130 if how == signal.SIGINT else -how)
     if how == signal.SIGINT:
         assert f"interrupted: the same command goes on from here ({tmp_path}/out)" in said
@@ -463,32 +572,105 @@ def test_a_check_that_is_stopped_goes_on_and_finds_the_same(how, tmp_path, check
     assert report["duplicates"]["groups"] == 1
 
 
+def test_what_decoding_found_bad_stays_so_without_it_until_the_file_changes(tmp_path):
+    root = write(tmp_path / "images", {"good.jpg": encoded(), "bad.jpg": silent_damage(encoded())})
+    check(root, tmp_path / "out", "--decode")
+    decoded = quarantine.read(tmp_path / "out" / "quarantine.jsonl")
+    for _ in range(2):
+        check(root, tmp_path / "out")
+        assert quarantine.read(tmp_path / "out" / "quarantine.jsonl") == decoded
+    (root / "bad.jpg").write_bytes(encoded())
+    check(root, tmp_path / "out")
+
+    assert set(decoded) == {"bad.jpg"}
+    assert quarantine.read(tmp_path / "out" / "quarantine.jsonl") == {}
+
+
+def test_what_simplejpeg_found_bad_stays_so_without_it(tmp_path, monkeypatch):
+    write(tmp_path, {"bad.jpg": silent_damage(encoded())})
+    known = look(tmp_path, "bad.jpg").records
+    monkeypatch.setattr("fastssl.check_image.is_strict", lambda: False)
+
+    for decode in (False, True):
+        again = look(tmp_path, "bad.jpg", known=known, decode=decode)
+        assert again.bad == {0: "damaged inside, as simplejpeg found, which is not installed now"}
+        assert again.records["judged"][0] == STRICTLY
+    assert look(tmp_path, "bad.jpg").bad == {}
+
+
+def test_a_folder_of_one_data_set_is_not_written_by_the_check_of_another(tmp_path, capsys):
+    contents = {"good.jpg": encoded(), "bad.jpg": silent_damage(encoded())}
+    one = write(tmp_path / "a" / "train", contents)
+    other = tmp_path / "b" / "train"
+    shutil.copytree(one, other)
+    out = tmp_path / "train-check"
+    check(one, out, "--decode")
+    before = written(out)
+    copied = refused(capsys, str(other), "--out", str(out))
+    limited = refused(capsys, str(one), "--out", str(out), "data.limit=1")
+
+    assert copied == (
+        f"{out} holds what a check of '{one}' found, and this is '{other}': give another folder"
+        " with --out, or remove that one"
+    )
+    assert f"a check of '{one}' found, and this is '{one}', data.limit=1: give" in limited
+    assert written(out) == before
+    (tmp_path / "link").symlink_to(one)
+    check(tmp_path / "link", out)
+
+
+@pytest.mark.parametrize("name", ["\u00e9t\u00e9 \u0444\u043e\u0442\u043e", "\udcff\n"])
+def test_folders_of_any_name_are_checked_to_the_end(name, tmp_path):
+    root = write(tmp_path / name, {"a.jpg": encoded(), "b.jpg": b""})
+    check(root, tmp_path / f"{name}-check", "--decode")
+    recipe = (tmp_path / f"{name}-check" / "recipe.yaml").read_text(encoding="utf-8")
+
+    assert len(recipe.splitlines()[0].split()) >= 6
+    if name.isprintable():
+        assert yaml.safe_load(recipe)["data"]["root"] == str(root)
+        assert f"data.root={root}" in recipe
+
+
+def test_a_store_is_told_what_looks_at_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("train", "val"):
+        (tmp_path / "both" / name / "index").mkdir(parents=True)
+        (tmp_path / "both" / name / "manifest.json").write_text("{}")
+    store = tmp_path / "both" / "train"
+    says = f"{store} is a tar store: python -m fastssl.data verify {store} --decode looks at its"
+
+    assert says in refused(capsys, "both/train")
+    assert says in refused(capsys, "both")
+    assert "s3://b/x: these commands work on folders: copy it" in refused(capsys, "s3://b/x")
+    assert sorted(os.listdir(tmp_path)) == ["both"]  # nothing was made
+
+
 def test_records_that_a_crash_has_torn_or_zeroed_are_as_good_as_none(tmp_path):
     path = tmp_path / "progress.bin"
     records = np.zeros(50, RECORD)
     records["key"] = [check_image.key_of(b"%d" % k) for k in range(50)]
     records["size"], records["state"] = range(1000, 1050), SEEN
-    with Progress(path) as progress:
+    with Progress(path, "") as progress:
         progress.add(records)
     content = bytearray(path.read_bytes())
     content[64 * 11 : 64 * 12] = bytes(64)  # record 10
     content[64 * 21 + 9] ^= 1  # the size of record 20
     path.write_bytes(content[: 64 * 41 + 30])  # record 40 in half, and no more
-    with Progress(path) as progress:
+    with Progress(path, "") as progress:
         found = progress.find(records["key"])
         progress.add(records[10:11])
 
     kept = np.array([k for k in range(40) if k not in (10, 20)])
     assert np.flatnonzero(found["state"]).tolist() == kept.tolist()
     assert (found["size"][kept] == 1000 + kept).all()
-    with Progress(path) as progress:
+    with Progress(path, "") as progress:
         assert progress.find(records["key"])["size"][10] == 1010
 
 
 def test_the_later_record_of_a_name_counts(tmp_path):
     draw = np.random.default_rng(0)
     expected: dict[int, int] = {}
-    with Progress(tmp_path / "progress") as progress:
+    with Progress(tmp_path / "progress", "") as progress:
         for size in range(1, 30):
             some = np.zeros(20, RECORD)
             some["key"] = draw.choice(100, 20, replace=False)
@@ -498,7 +680,7 @@ def test_the_later_record_of_a_name_counts(tmp_path):
         bad = np.zeros(1, RECORD)
         bad["key"], bad["state"] = 500, SAME
         progress.add(bad)
-    with Progress(tmp_path / "progress") as progress:
+    with Progress(tmp_path / "progress", "") as progress:
         found = progress.find(np.arange(600, dtype=np.uint64))
 
     assert {int(key): int(found["size"][key]) for key in np.flatnonzero(found["state"])} == expected
@@ -507,7 +689,7 @@ def test_the_later_record_of_a_name_counts(tmp_path):
 def test_two_checks_into_the_same_folder_are_refused(broken, tmp_path, capsys):
     out = tmp_path / "out"
     out.mkdir()
-    with Progress(out / "progress.bin"):
+    with Progress(out / "progress.bin", ascii(str(broken[0]))):
         said = refused(capsys, str(broken[0]), "--out", str(out))
 
     assert said == (

@@ -216,10 +216,39 @@ def test_a_killed_process_leaves_a_whole_checkpoint_and_the_next_save_cleans_up(
     assert str(newest) >= written[-1]
     assert checkpoint.load(newest)["bank"].sum() == 500_000
 
-    (tmp_path / ".step-99999998.pt.tmp").write_bytes(b"half of it")
+    (tmp_path / ".step-99999998.pt.123-0123abcd.tmp").write_bytes(b"half of it")
     checkpoint.save(tmp_path, 99_999_999, STATE, keep=1)
 
     assert names(tmp_path) == ["step-99999999.pt"]
+
+
+def test_files_and_folders_of_others_are_left_alone_whatever_their_name(tmp_path):
+    (tmp_path / ".mine.tmp").write_bytes(b"of use")
+    (tmp_path / ".folder.1-0123abcd.tmp").mkdir()
+    checkpoint.save(tmp_path, 1, STATE, keep=1)
+
+    assert names(tmp_path) == [".folder.1-0123abcd.tmp", ".mine.tmp", "step-00000001.pt"]
+
+
+def test_two_writers_in_one_folder_do_not_meet(tmp_path):
+    with checkpoint.whole_file(tmp_path / "a") as one:
+        with checkpoint.whole_file(tmp_path / "a") as other, checkpoint.whole_file(tmp_path / "b"):
+            other.write(b"other")
+        assert (tmp_path / "a").read_bytes() == b"other"
+        one.write(b"one")
+
+    assert names(tmp_path) == ["a", "b"]
+    assert (tmp_path / "a").read_bytes() == b"one"
+
+
+def test_what_another_process_has_checked_is_not_read_again_for_its_check_sum(tmp_path):
+    path = checkpoint.save(tmp_path, 1, STATE, keep=1)
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # the seal alone is damaged
+    with pytest.raises(checkpoint.DamagedError):
+        checkpoint.load(path)
+
+    assert checkpoint.load(path, checked=True).keys() == STATE.keys()
 
 
 def test_a_flipped_bit_or_a_missing_end_is_noticed_wherever_it_is(tmp_path):

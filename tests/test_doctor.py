@@ -3,7 +3,9 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from benchmarks.scale_points import listing
@@ -125,6 +127,23 @@ def test_a_run_folder_that_training_would_refuse_fails(tmp_path, checkout):
 
     assert (line.state, line.what) == ("FAIL", "run folder")
     assert "train.out=" in line.text
+
+
+def test_images_in_an_object_store_are_no_disk_to_measure():
+    samples = SimpleNamespace(root="s3://b/p", usable=np.arange(3), path="s3://b/p/{}".format)
+    (line,) = doctor_recipe._disk(samples, 1, {})
+
+    assert (line.state, line.what) == ("note", "disk")
+    assert line.text == "not measured: s3://b/p: images are in an object store"
+
+
+def test_chunks_are_read_as_training_reads_them():
+    samples = SimpleNamespace(usable=np.arange(100, 112), chunks=np.array([4, 8, 12]), window=1)
+    rows = doctor_recipe._rows(samples, 0, 4)
+
+    assert sorted(sorted(rows(step)) for step in range(3)) == [
+        *([100, 101, 102, 103], [104, 105, 106, 107], [108, 109, 110, 111])
+    ]
 
 
 def test_help_is_no_misuse(capsys):

@@ -411,7 +411,7 @@ def test_bf16_autocast_stays_close_to_float32_and_scores_in_float32(module, opti
     ("module", "options", "message"),
     [
         (exemplar, {"margin": 0.0}, r"margin \(0.0\) must be above 0"),
-        (exemplar, {"dimension": 0}, r"dimension \(0\) must be at least 1"),
+        (exemplar, {"dimension": 1}, r"dimension \(1\) must be at least 2: unit vectors of"),
         (exemplar_classes, {"dropout": 1.0}, r"dropout \(1.0\) must be at least 0 and below 1"),
         (exemplar_classes, {"softmax_images": -1}, r"softmax_images \(-1\) must be at least 0"),
         (exemplar_classes, {"negatives": 0}, r"negatives \(0\) must be at least 1"),

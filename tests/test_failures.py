@@ -1,9 +1,14 @@
 """Failures of the machine as one line, and those of this code as a traceback."""
 
 import errno
+import math
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from fastssl import config, failures, train
@@ -65,3 +70,46 @@ def test_a_head_that_has_no_place_ends_a_run_in_one_line(checkout, tmp_path, cap
     assert error.startswith("error: there is not enough memory: ")
     assert error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+DIVERGED = train.Diverged(0, math.nan, np.array([0]), str, is_saved=False)
+
+
+@pytest.mark.parametrize(
+    ("error", "together", "is_told"),
+    [
+        (ValueError("a file fails here"), True, True),
+        (CheckpointError("the disk is full here"), True, True),
+        (ValueError("a misspelt key"), False, False),
+        (DIVERGED, True, False),  # all processes find that
+    ],
+)
+def test_a_failure_of_one_process_among_others_is_told_by_it(
+    monkeypatch, capsys, error, together, is_told
+):
+    def train_and_fail(recipe, until_the_end) -> int:
+        if together:
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+            until_the_end.callback(dist.destroy_process_group)
+        raise error
+
+    monkeypatch.setattr(train, "train", train_and_fail)
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    recipe: Any = SimpleNamespace()
+    code = train.start(lambda: recipe)
+    said = capsys.readouterr().err
+
+    assert code == (2 if isinstance(error, ValueError) else 1)
+    assert not dist.is_initialized()
+    assert said.count("\n") == is_told
+    assert not is_told or (said.startswith("error (rank 3 on ") and str(error) in said)
+
+
+def test_images_that_are_lost_while_training_are_no_mistake_in_the_recipe(tmp_path):
+    lost = train.DataLost(ValueError("s3://b/x: cut"), None)
+    gone_on = train.DataLost(ValueError("s3://b/x: cut"), tmp_path / "step-00000004.pt")
+
+    assert not isinstance(lost, ValueError)  # which ends with 2
+    assert str(lost).endswith("the same command starts anew: nothing was saved yet)")
+    assert str(gone_on).endswith(f"the same command goes on from {tmp_path}/step-00000004.pt)")

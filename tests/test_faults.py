@@ -168,8 +168,9 @@ def test_images_deleted_or_replaced_while_training_are_skipped_or_read_as_they_a
 def test_a_run_whose_image_was_deleted_says_which_file_it_needs_to_go_on(
     own_images, command, tmp_path, monkeypatch, capsys
 ):
-    victim = sorted(own_images.glob("*/*.jpg"))[3]
-    content = victim.read_bytes()
+    every = sorted(own_images.glob("*/*.jpg"), key=lambda path: path.stat().st_size)
+    victim, other = every[-1], every[0].read_bytes()
+    size, row = victim.stat().st_size, sorted(every).index(victim)
 
     def stop_later(self, now: int) -> None:
         if now == 2:
@@ -187,12 +188,14 @@ def test_a_run_whose_image_was_deleted_says_which_file_it_needs_to_go_on(
     assert "file list: " in said
     assert "1 that could not be read while training stay skipped" in said
     assert f"    {victim}: " in said
+    assert "any smaller JPEG of that name does, made as long by `truncate -s BYTES FILE`" in said
 
-    victim.write_bytes(content)
+    victim.write_bytes(other)
+    os.truncate(victim, size)
     assert train.main(command(own_images)) == 0
     assert "data: skipping" not in capsys.readouterr().out  # that was said
     state = checkpoint.load(newest(tmp_path / "run"))
-    assert list(state["ranks"][0]["loader"]["skipped"]) == [3]
+    assert list(state["ranks"][0]["loader"]["skipped"]) == [row]
 
 
 @pytest.fixture
@@ -347,3 +350,16 @@ def test_of_two_runs_started_in_one_folder_one_trains_and_the_other_is_refused(
     assert_same_run(tmp_path / "run", whole)
     assert len(lines(tmp_path / "run")) == STEPS
     assert len(json.loads((tmp_path / "run" / "environment.json").read_text())) == 1
+
+
+def test_a_run_whose_lock_is_deleted_ends_before_it_writes_where_another_may(
+    images, command, tmp_path, monkeypatch, capsys
+):
+    after_step(monkeypatch, 2, (tmp_path / "run" / ".lock").unlink)
+    code = train.main(command(images))
+    said = capsys.readouterr().err
+
+    assert code == 1
+    assert said.startswith(f"error: {tmp_path / 'run' / '.lock'} was deleted or replaced while")
+    assert said.count("\n") == 1
+    assert checkpoint.latest(tmp_path / "run" / "checkpoints") is None

@@ -248,6 +248,15 @@ def test_a_folder_that_is_not_there_is_an_error(tmp_path: Path):
     )
 
 
+def test_a_url_is_an_error_that_names_the_readers_for_it():
+    said = (
+        "s3:// is no folder: an object store (s3://) is read with data.use=pipelines.readers.tar or"
+        " pipelines.readers.list"
+    )
+
+    assert error("s3://bucket/images") == said
+
+
 def test_a_file_in_place_of_the_folder_is_an_error(tmp_path: Path):
     write(tmp_path, "1.jpg")
 

@@ -1,7 +1,7 @@
 """A thousand damaged images and a thousand recipes: a named error, a skipped image, or none.
 
 The images go through the reader and the loader in a process of their own, so that a decoder that
-crashes or hangs fails the test and not the test run.
+crashes or hangs fails the test and not the test run; so do recipes that training starts with.
 """
 
 import io
@@ -18,9 +18,9 @@ from PIL import Image
 
 from fastssl import config
 
-IMAGES, RECIPES = 1000, 1000
+IMAGES, RECIPES, STARTS = 1000, 1000, 40
 GOOD = 48
-HANGS = 300  # seconds: all of it takes a tenth
+HANGS = 300  # seconds a process: each takes a tenth
 
 # Runs an epoch of a real graph over a folder; says which images came and which were left out.
 EPOCH = """
@@ -112,6 +112,21 @@ def mutated(content: bytes, others: list[bytes], draw: random.Random) -> bytes:
     return bytes(damaged)
 
 
+def python(
+    program: str, folder: str, *, checkout: Path, environ: dict[str, str]
+) -> subprocess.CompletedProcess[str]:
+    """Runs it on the folder in a process of its own, which is ended where it hangs."""
+    return subprocess.run(
+        [sys.executable, "-c", program, folder],
+        cwd=checkout,
+        env=environ,
+        capture_output=True,
+        text=True,
+        errors="replace",  # decoders quote the files' bytes
+        timeout=HANGS,
+    )
+
+
 def test_a_thousand_damaged_images_are_seen_or_skipped_and_the_good_ones_seen(
     tmp_path: Path, checkout: Path, environ: dict[str, str]
 ):
@@ -122,15 +137,7 @@ def test_a_thousand_damaged_images_are_seen_or_skipped_and_the_good_ones_seen(
         (tmp_path / f"damaged-{number:04d}").write_bytes(content)
     for number in range(GOOD):
         (tmp_path / f"good-{number:04d}").write_bytes(files[number % len(files)])
-    done = subprocess.run(
-        [sys.executable, "-c", EPOCH, str(tmp_path)],
-        cwd=checkout,
-        env=environ,
-        capture_output=True,
-        text=True,
-        errors="replace",  # decoders quote the files' bytes
-        timeout=HANGS,
-    )
+    done = python(EPOCH, str(tmp_path), checkout=checkout, environ=environ)
 
     assert done.returncode == 0, f"{done.returncode}\n{done.stderr[-3000:]}"
     found = json.loads(done.stdout.splitlines()[-1])
@@ -199,18 +206,104 @@ def recipes(checkout: Path) -> list[dict]:
     return [yaml.safe_load(path.read_text(encoding="utf-8")) for path in found]
 
 
+# Loads every recipe of a folder; says what was said of those that are wrong.
+LOAD = """
+import json, pathlib, sys
+from fastssl import config
+
+said = {}
+for path in sorted(pathlib.Path(sys.argv[1]).glob("*.yaml")):
+    try:
+        config.load(path)
+    except config.RecipeError as error:
+        said[str(path)] = str(error)
+print(json.dumps(said))
+"""
+
+
 def test_a_thousand_damaged_recipes_end_in_a_recipe_error_or_load(
-    recipes: list[dict], tmp_path: Path
+    recipes: list[dict], tmp_path: Path, checkout: Path, environ: dict[str, str]
 ):
     draw = random.Random(11)
-    path = tmp_path / "damaged.yaml"
-    said: list[str] = []
-    for _ in range(RECIPES):
-        path.write_text(mutate(draw.choice(recipes), draw), encoding="utf-8")
-        try:
-            config.load(path)
-        except config.RecipeError as error:
-            said.append(str(error))
+    for number in range(RECIPES):
+        text = mutate(draw.choice(recipes), draw)
+        (tmp_path / f"damaged-{number:04d}.yaml").write_text(text, encoding="utf-8")
+    done = python(LOAD, str(tmp_path), checkout=checkout, environ=environ)
 
+    assert done.returncode == 0, f"{done.returncode}\n{done.stderr[-3000:]}"
+    said = json.loads(done.stdout.splitlines()[-1])
     assert RECIPES / 3 < len(said) < RECIPES
-    assert all(message.startswith(str(path)) and len(message) < 20_000 for message in said)
+    assert all(said[path].startswith(path) and len(said[path]) < 20_000 for path in said)
+
+
+# Trains by every recipe of a folder for a step; says how each ended and what it told.
+START = """
+import contextlib, io, json, pathlib, sys
+from fastssl import train
+
+for path in sorted(pathlib.Path(sys.argv[1]).glob("*.yaml")):
+    print(path.name, file=sys.stderr)
+    printed, told = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(told):
+        code = train.main([str(path), "train.steps=1", f"train.out={path.with_suffix('')}"])
+    print(json.dumps([path.name, code, told.getvalue()]))
+"""
+STARTED = ("pirl_jigsaw", "npid", "moco_v2", "rotation", "jigsaw", "exemplar", "colorization")
+CHEAP = (
+    *("train.batch=8", "train.log_steps=1", "data.limit=24", "probe.every_epochs=0"),
+    *("backbone.use=tests.tiny_backbone", "optim.layer_decay=1.0", "loader.threads=1"),
+)
+
+
+def nudge(values: dict[str, dict], draw: random.Random) -> str:
+    """One or two keys of a whole recipe set to what their types allow, mostly; which, in lines."""
+    keys = [
+        (section, key)
+        for section in ("pipeline", "objective", "optim", "train", "loader", "data")
+        for key, value in values[section].items()
+        if key not in ("use", "weights", "out")  # other modules and other folders
+        and (not isinstance(value, str) or draw.random() < 0.2)  # words are refused at once
+    ]
+    done = []
+    for section, key in draw.sample(keys, draw.randint(1, 2)):
+        old = values[section][key]
+        if isinstance(old, bool):
+            others = [not old]
+        elif isinstance(old, int):
+            others = [0, 1, 2, 3, -1, old * 2, old // 2, old + 1, old + 7, 10**12, 10**24]
+        elif isinstance(old, float):
+            others = [0.0, 0.5, 1.0, -old, old * 2, old / 2, 1e-12, 1e-300, 1e12, 3e38, 1e300]
+        elif isinstance(old, list):
+            others = [[], old[:1], old * 2, old[::-1], [0] * len(old), [each / 2 for each in old]]
+        else:
+            others = [*STRANGE]
+        values[section][key] = draw.choice([each for each in others if each != old])
+        done.append(f"# {section}.{key}: {old!r} -> {str(values[section][key])[:60]!r}")
+    return "\n".join(done)
+
+
+def test_training_by_damaged_recipes_ends_in_a_step_or_an_error_in_a_line(
+    tmp_path: Path, checkout: Path, environ: dict[str, str], demo_images: Path
+):
+    draw = random.Random(7)
+    for number in range(STARTS):
+        name = STARTED[number % len(STARTED)]
+        whole = config.load(checkout / "recipes" / f"{name}.yaml", CHEAP).values
+        values = json.loads(json.dumps(whole))
+        values["data"]["root"] = str(demo_images / "val")  # beside which nothing is to probe on
+        values["probe"]["root"] = None
+        text = f"{nudge(values, draw)}\n{yaml.safe_dump(values)}"
+        (tmp_path / f"{number:02d}-{name}.yaml").write_text(text, encoding="utf-8")
+    done = python(START, str(tmp_path), checkout=checkout, environ=environ)
+
+    # a traceback out of train.main ends the process; the recipe's name is the last before it
+    assert done.returncode == 0, f"{done.returncode}\n{done.stderr[-3000:]}"
+    ends = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(ends) == STARTS
+    for name, code, told in ends:
+        assert code in (0, 1, 2), f"{name}: {code}"
+        assert "Traceback" not in told, f"{name}: {told}"
+        assert code == 0 or any(line.startswith("error") for line in told.splitlines()), name
+    codes = [code for _, code, _ in ends]
+    assert codes.count(0) >= STARTS / 5
+    assert codes.count(2) >= STARTS / 3

@@ -154,6 +154,7 @@ def test_images_of_which_there_is_only_a_path_are_read_from_their_files(tmp_path
     for number, file in enumerate(files):
         file.write_bytes(jpeg(number))
     images: list[dict[str, Any]] = [{"path": str(file), "bytes": None} for file in files]
+    images[2]["path"] = "../2.jpg"  # relative to the dataset
     images[1] = {"path": "elsewhere.jpg", "bytes": jpeg(9)}
     arrow = datasets.Dataset.from_dict({"picture": images, "kind": [0, 1, 2, 0]}, features=KINDS)
     root = save(tmp_path / "set")
@@ -210,10 +211,33 @@ def test_labels_may_be_text_or_numbers_or_none(tmp_path):
     assert unlabelled.labels is None
     assert said == [
         f"data: 1 of 4 images in {root} have no label (kind): the labels of the others are not used"
+        " (the first without one: row 1)"
     ]
     assert (words.classes, labels_of(words)) == (("a", "b", "c"), [1, 0, 1, 2])
     assert (numbers.classes, labels_of(numbers)) == (("9", "10"), [1, 0, 1, 0])
     assert error(root, label_column="picture").startswith("data.label_column: column picture of")
+
+
+def test_a_column_that_only_looks_like_labels_is_left_out_and_told(tmp_path):
+    columns = {"picture": rows(2)["picture"]}
+    picture = {"picture": KINDS["picture"]}
+    halves, flags = (datasets.Value(kind) for kind in ("float32", "bool"))
+    root = save(
+        *(tmp_path / "a", columns | {"label": [0.5, 1.5]}),
+        datasets.Features({**picture, "label": halves}),
+    )
+    samples, said = listed(root)
+    flagged, _ = listed(
+        save(
+            *(tmp_path / "b", columns | {"label": [True, False]}),
+            datasets.Features({**picture, "label": flags}),
+        )
+    )
+
+    assert samples.labels is None
+    assert [line for line in said if "column label of" in line and "holds float" in line]
+    assert error(root, label_column="label").startswith("data.label_column: column label of")
+    assert (flagged.classes, labels_of(flagged)) == (("0", "1"), [1, 0])
 
 
 def test_of_several_columns_one_has_to_be_named(tmp_path):
@@ -260,6 +284,18 @@ def test_headers_are_read_once_for_as_long_as_the_files_are_the_same(tmp_path, m
     assert first.height.tolist() == second.height.tolist() == third.height.tolist()
     assert first.fingerprint == third.fingerprint
     assert first.written == second.written != third.written
+
+
+def test_what_is_no_image_is_looked_at_once_too(tmp_path, monkeypatch):
+    columns = rows()
+    columns["picture"][2] = {"path": None, "bytes": b"<html>"}
+    root, cache = save(tmp_path / "set", columns), tmp_path / "cache"
+    first, said = listed(root, cache)
+    monkeypatch.setattr(hf.headers, "dimensions_of", None)
+    second, again = listed(root, cache)
+
+    assert first.bad == second.bad == {2: "HTML page, not an image: a download that failed?"}
+    assert said == again
 
 
 def test_damaged_and_missing_files_are_named_in_a_line(tmp_path):

@@ -5,9 +5,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from accelerate import Accelerator
 
-from fastssl import journal
+from fastssl import config, journal
 
 DAMAGED = [b'{"step": 2, "lo', b"\xff\xfe", b"[1]", b'{"loss": 1}', b"", b'{"step": "x"}']
 
@@ -41,3 +42,17 @@ def test_a_run_that_goes_on_keeps_the_whole_lines_up_to_its_checkpoint(tmp_path)
 
     assert [json.loads(text)["step"] for text in texts] == [1, 3, 4, 5]
     assert json.loads(texts[-1])["probe"] == "knn"
+
+
+@pytest.mark.parametrize("damage", [b"", b"[{", b"{}", b"[1]", b"\xff"])
+def test_a_damaged_environment_is_set_aside_and_costs_no_run(tmp_path, capsys, checkout, damage):
+    recipe = config.load(str(checkout / "recipes" / "rotation.yaml"), [])
+    path = tmp_path / "environment.json"
+    path.write_bytes(damage)
+    for _ in range(2):
+        journal.write_start(tmp_path, recipe, Accelerator(cpu=True), Path("step-00000004.pt"))
+
+    starts = json.loads(path.read_text())
+    assert [start["resumed"] for start in starts] == ["step-00000004.pt"] * 2
+    assert (tmp_path / "environment.json.damaged").read_bytes() == damage
+    assert capsys.readouterr().out.count("is damaged: set aside as environment.json.damaged") == 1

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fastssl import labelled
-from pipelines.readers import folder
+from pipelines.readers import folder, quarantine
 from tests import few_images
 
 
@@ -65,6 +65,22 @@ def test_a_limit_holds_for_both(data):
     train, val, _ = splits(data, limit=8)
 
     assert (len(train.rows), len(val.rows)) == (8, 8)
+
+
+def test_a_quarantine_is_of_train_and_a_folder_of_them_of_both(data, tmp_path):
+    for name in ("train", "val"):
+        first = sorted((data / name).rglob("*.jpg"))[0]
+        line = quarantine.line(str(first.relative_to(data / name)).encode(), "grey")
+        (tmp_path / f"quarantine-{name}.jsonl").write_text(line)
+    both = folder.Options(root=str(data), quarantine=str(tmp_path))
+    kept = labelled.whole(both, str(data))  # as a probe asks for it
+
+    for file, rows in (("", (20, 8)), ("quarantine-train.jsonl", (20, 9))):
+        train, val, _ = splits(data, quarantine=str(tmp_path / file))
+        assert (len(train.rows), len(val.rows)) == rows
+    assert kept.quarantine == str(tmp_path)
+    (tmp_path / "quarantine-val.jsonl").unlink()
+    assert labelled.whole(both, str(data)).quarantine is None
 
 
 def test_no_labels_are_refused(data):

@@ -19,7 +19,7 @@ from PIL import Image
 from fastssl import labelled, loader
 from pipelines import evaluation
 from pipelines.readers import entries as entries_module
-from pipelines.readers import kept, scan, seen
+from pipelines.readers import kept, object_requests, object_store, scan, seen
 from pipelines.readers import list as list_reader
 
 
@@ -141,6 +141,8 @@ def test_a_quoted_path_may_hold_what_separates_others(root):
     [
         (["10", "9", "10"], ("9", "10"), [1, 0, 1]),
         (["-1", "3", "07"], ("-1", "3", "07"), [0, 1, 2]),
+        (["01", "2", "1 "], ("1", "2"), [0, 1, 0]),
+        ([" a", "b", "a "], ("a", "b"), [0, 1, 0]),
         (["10", "9", "x"], ("10", "9", "x"), [0, 1, 2]),
         (["b c", "B", "a"], ("B", "a", "b c"), [2, 0, 1]),
     ],
@@ -172,7 +174,50 @@ def test_labels_that_some_lack_are_not_used_and_that_is_said(root):
     assert samples.labels is None
     assert said == [
         f"data: 1 of 3 lines of {root}/l.txt have no label: the labels of the others are not used"
+        " (the first without one: in/2.jpg)"
     ]
+
+
+def test_labels_of_one_value_are_one_class_and_that_is_said(root):
+    (root / "l.txt").write_text("in/1.jpg\t01\nin/2.jpg\t1\n")
+
+    assert listed(root / "l.txt")[1] == [
+        "data: the labels 1 and 01 are the same number, and one class"
+    ]
+
+
+def test_a_header_may_be_in_capitals(root):
+    (root / "l.csv").write_text("Path, Label\nin/1.jpg,x\n")
+    samples, _ = listed(root / "l.csv")
+
+    assert (places(samples), samples.classes) == ([f"{root}/in/1.jpg"], ("x",))
+
+
+@pytest.mark.parametrize("labels", [[0.5, 1.5], [[1], [2]], [None, None]])
+def test_a_column_that_only_looks_like_labels_is_left_out_and_told(root, labels):
+    table = pyarrow.table({"path": ["in/1.jpg", "in/2.jpg"], "label": labels})
+    pyarrow.parquet.write_table(table, root / "l.parquet")
+    samples, said = listed(root / "l.parquet")
+
+    assert samples.labels is None
+    assert "column label is of " in said[0]
+    assert "it is not used, and data.label_column names another" in said[0]
+
+
+def test_labels_may_be_true_and_false(root):
+    table = pyarrow.table({"path": ["in/1.jpg", "in/2.jpg"], "label": [True, False]})
+    pyarrow.parquet.write_table(table, root / "l.parquet")
+    samples, _ = listed(root / "l.parquet")
+
+    assert (samples.classes, labels_of(samples)) == (("0", "1"), [1, 0])
+
+
+def test_two_columns_of_one_name_are_refused(root):
+    column = pyarrow.array(["in/1.jpg"])
+    table = pyarrow.Table.from_arrays([column, column], names=["path", "path"])
+    pyarrow.parquet.write_table(table, root / "l.parquet")
+
+    assert "has several columns called 'path': rename" in error(root / "l.parquet")
 
 
 def test_sizes_that_a_parquet_has_are_taken_of_what_is_not_here(root):
@@ -201,6 +246,23 @@ def test_a_base_in_an_object_store_makes_urls_of_relative_entries_alone(root):
     assert samples.is_remote is not None
     assert samples.is_remote.tolist() == [True, False, True]
     assert samples.height.tolist() == [0, 4, 0]
+
+
+def test_what_names_no_object_is_found_at_listing(root):
+    write(root, "in/a/1.jpg")
+    lines = [*("./in/1.jpg", "in//1.jpg", "in/a/../1.jpg", "in/\x7f.jpg", "in/\udcff.jpg", "in/")]
+    lines += ["s3://", "s3://b", "s3://b/", "s3:///k", "s3://b/./k", "s3://b/a//k", "s3://b/k.jpg"]
+    lines += ["S3://b/k.jpg", "file:///k.jpg", "in/..1/.../%2f~ \u00e9.jpg"]
+    (root / "l.txt").write_bytes(os.fsencode("\n".join(lines)))
+    remote, said = listed(root / "l.txt", base="s3://b/p")
+    here, _ = listed(root / "l.txt")
+
+    assert remote.usable.tolist() == [0, 12, 15]
+    assert remote.path(0) == "s3://b/p/in/1.jpg"
+    assert remote.path(15) == "s3://b/p/in/..1/.../%2f~ \u00e9.jpg"
+    assert here.usable.tolist() == [0, 1, 2, 12]
+    assert "in//1.jpg (names no object: s3://bucket/key is wanted" in said[0]
+    assert remote.bad[14] == "only paths, without file://, and s3:// urls are read"
 
 
 NAMES = st.binary(min_size=1, max_size=12).filter(
@@ -250,7 +312,7 @@ def test_images_that_are_missing_or_none_are_told_and_keep_their_rows(root):
         2: "HTML page, not an image: a download that failed?",
         3: "no regular file",
         4: "a folder, not an image",
-        5: "only files and s3:// urls are read",
+        5: "only paths, without file://, and s3:// urls are read",
     }
     assert len(said) == 1
     assert said[0].startswith("data: skipping 5 of 6 entries: in/gone.jpg (cannot be read: No such")
@@ -287,10 +349,12 @@ def test_where_no_image_is_found_the_message_says_from_where_they_are_looked_for
     ("name", "content", "message"),
     [
         ("l.txt", b"\n \n", "lists no images: it has no line that is not blank"),
+        ("l.txt", b"in/1.jpg\ta\tb\n", "line 1: 3 fields, and a line is a path, or a path, a tab"),
         ("l.txt", b"in/1.jpg\n\tcat\n", "l.txt, line 2: there is no path"),
         ("l.txt", b"in/1.jpg\nin/\0.jpg\n", "line 2: a path can't hold a zero byte: is this text?"),
         ("l.csv", b"", "has no column of paths (path, file"),
         ("l.csv", b"in/1.jpg,3\n", "(its first line, or schema, names: in/1.jpg, 3)"),
+        ("l.csv", b"in/1.jpg,3\n", "or the line that names the columns, such as path,label"),
         ("l.csv", b"path,label\na\n", "l.csv, line 2: 1 fields, and the first line names 2"),
         ("l.csv", b"path,label\n,b\n", "l.csv, line 2: there is no path"),
         ("l.csv", b'path\n"a\n', "l.csv, line 2: unexpected end of data"),
@@ -312,7 +376,9 @@ def test_columns_of_other_types_are_refused(root):
     pyarrow.parquet.write_table(gaps, root / "g.parquet")
 
     assert "column path is of int64, and paths are text" in error(root / "n.parquet")
-    assert "column label is of double, and labels are text or" in error(root / "f.parquet")
+    assert "column label is of double, and labels are text or" in error(
+        root / "f.parquet", label_column="label"
+    )
     assert "row 2: there is no path" in error(root / "g.parquet")
 
 
@@ -329,6 +395,8 @@ def test_roots_that_are_no_lists_are_named_with_what_to_do(root):
     ("options", "message"),
     [
         ({"root": ""}, "root must name a list of images"),
+        ({"root": "S3://b/l.txt"}, "root (S3://b/l.txt): of urls only s3://bucket/prefix is read"),
+        ({"root": "a", "base": "https://b"}, "base (https://b): of urls only s3://bucket/prefix"),
         ({"root": "a", "base": ""}, "base ('') must name a folder, or be null for the list's own"),
         ({"root": "a", "listing": "x"}, "listing ('x') must be 'check' or 'trust'"),
         ({"root": "a", "bad": "x"}, "bad ('x') must be 'skip' or 'error'"),
@@ -382,6 +450,34 @@ def test_the_next_start_reads_the_headers_of_new_and_changed_files_alone(root, t
     assert list_of_bad(checked) == [2]
     assert longer.height.tolist() == [8, 9, 4, 0]  # by name, wherever it now stands
     assert list_of_bad(without) == [2, 3]
+
+
+def test_the_headers_of_bad_files_are_read_once_too(root, tmp_path, monkeypatch):
+    read: list = []
+    whole = seen.headers.dimensions
+
+    def dimensions(path: bytes) -> tuple[int, int]:
+        read.append(path)
+        return whole(path)
+
+    monkeypatch.setattr(seen.headers, "dimensions", dimensions)
+    write(root, "in/2.jpg", content=b"<html>")
+    (root / "l.txt").write_text("in/1.jpg\nin/2.jpg\nin/gone.jpg\n")
+    first, said = listed(root / "l.txt", tmp_path / "cache")
+    again, too = listed(root / "l.txt", tmp_path / "cache")
+    of_both = len(read)
+    monkeypatch.setattr(seen, "reasons_made_by", lambda: "another version")
+    other, _ = listed(root / "l.txt", tmp_path / "cache")
+    write(root, "in/2.jpg")
+    write(root, "in/gone.jpg")
+    mended, _ = listed(root / "l.txt", tmp_path / "cache")
+
+    assert of_both == 2
+    assert len(read) == 5
+    assert (first.bad, said) == (again.bad, too)
+    assert other.bad == first.bad
+    assert list(first.bad) == [1, 2]
+    assert mended.bad == {}
 
 
 def list_of_bad(samples: list_reader.Samples) -> list:
@@ -548,6 +644,44 @@ def test_a_file_that_is_deleted_while_training_is_skipped(root):
     assert taken[-1]["index"].tolist() == [0, 2, 2]
     assert len(said) == 1
     assert f"{root}/in/2.jpg" in said[0]
+
+
+def test_objects_that_are_missing_no_image_or_too_large_are_skipped_and_told(root, monkeypatch):
+    objects = {f"s3://b/{k}.jpg": jpeg(4, 6 + k) for k in range(4)}
+    objects["s3://b/5.jpg"] = jpeg(90, 100)  # of 9,000 pixels
+    objects["s3://b/6.jpg"] = b"<html>"
+
+    def fetch(url: str, *_: object) -> np.ndarray:
+        if url not in objects:
+            raise object_requests.Missing(f"{url}: there is no such object")
+        return np.frombuffer(objects[url], np.uint8)
+
+    monkeypatch.setattr(object_store, "fetch", fetch)
+    (root / "l.txt").write_text("".join(f"s3://b/{k}.jpg\n" for k in range(7)))
+    said: list = []
+    samples, _ = listed(root / "l.txt", max_pixels=8_999)
+    given = batches(samples, said, 7)
+    taken = next(given)
+    given.close()
+
+    assert list_of_skipped(given) == [4, 5, 6]
+    assert set(taken["index"].tolist()) == {0, 1, 2, 3}
+    for row, why in ((4, "no such object"), (5, "100 x 90 pixels, over data.max_"), (6, "HTML")):
+        assert [line for line in said if f"s3://b/{row}.jpg" in line and why in line], said
+
+
+def test_an_object_store_that_cannot_be_reached_ends_the_run_and_blames_no_image(root, monkeypatch):
+    def fetch(url: str, *_: object) -> np.ndarray:
+        raise object_requests.Unreachable(f"{url}: the store answered 503")
+
+    monkeypatch.setattr(object_store, "fetch", fetch)
+    (root / "l.txt").write_text("s3://b/1.jpg\nin/1.jpg\n")
+    given = batches(listed(root / "l.txt")[0], [])
+    with pytest.raises(object_requests.Unreachable, match=r"s3://b/1.jpg: the store answered 503"):
+        next(given)
+    given.close()
+
+    assert given.skipped == {}
 
 
 def list_of_skipped(given: loader.Loader) -> list:

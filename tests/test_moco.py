@@ -147,6 +147,12 @@ def test_spread_is_zero_when_collapsed_and_metrics_are_detached_scalars():
     assert all(each.shape == () and not each.requires_grad for each in metrics.values())
 
 
+def test_one_image_has_no_spread_that_could_look_collapsed():
+    inputs = {name: tensor[:1] for name, tensor in batch().items()}
+
+    assert set(build()(**inputs)[1]) == {"accuracy", "chance", "agreement"}
+
+
 def test_bf16_autocast_stays_close_to_float32_and_scores_in_float32():
     objective = build(queue=500)
     whole, _ = objective(**batch())
@@ -380,9 +386,10 @@ def test_keys_are_computed_from_images_of_all_processes_in_another_order_each_st
     ("options", "message"),
     [
         ({"temperature": 0.0}, r"temperature \(0.0\) must be above 0"),
+        ({"temperature": 1e-300}, r"temperature \(1e-300\) must be above 0, 0.0001 at least"),
         ({"momentum": 1.0}, r"momentum \(1.0\) must be at least 0 and below 1"),
         ({"queue": 0}, r"queue \(0\) must be at least 1"),
-        ({"dimension": 0}, r"dimension \(0\) must be at least 1"),
+        ({"dimension": 1}, r"dimension \(1\) must be at least 2: unit vectors of one number are"),
         ({"hidden": 0}, r"hidden \(0\) must be at least 1, or null for a linear head"),
     ],
 )

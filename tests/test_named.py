@@ -2,6 +2,7 @@
 
 import copy
 import os
+import pickle
 import sys
 import urllib.error
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from safetensors import SafetensorError
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.feature_extraction import create_feature_extractor
@@ -515,3 +517,31 @@ def test_a_damaged_file_of_torchvision_s_cache_is_one_line(monkeypatch, tmp_path
         build("torchvision:squeezenet1_1.IMAGENET1K_V1", pretrained=True)
 
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("weights_only=True blocked loading\nthis checkpoint"),
+        pickle.UnpicklingError("no weights"),
+        EOFError(),
+        SafetensorError("header too large"),
+    ],
+)
+def test_a_damaged_file_of_timm_s_is_one_line_and_none_is_read_as_code(monkeypatch, error):
+    seen = []
+
+    def create(name: str, **_: object) -> nn.Module:
+        seen.append(os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD"))
+        raise error
+
+    monkeypatch.setattr(timm, "create_model", create)
+    monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False)
+    with pytest.raises(ValueError, match=r"the file of resnet18\.\S+ in \S+ is damaged") as told:
+        build("timm:resnet18.a1_in1k", pretrained=True)
+    with pytest.raises(type(error)):  # of a network without weights it is no file's fault
+        build("timm:resnet18")
+
+    assert seen == ["1", "1"]
+    assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
+    assert "\n" not in str(told.value)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from pipelines.readers import object_requests, object_store
+from pipelines.readers.object_requests import Missing
 from pipelines.readers.object_store import Access, Ahead, Part, Unreachable
 from tests import object_server
 
@@ -271,7 +272,37 @@ def test_what_another_try_cannot_mend_is_told_at_once(proxy, fault, said):
 
 def test_a_missing_object_and_a_missing_bucket_are_told_apart(proxy):
     assert "no such object (404 NoSuchKey)" in refusal(lambda: object_store.read(f"{URL}/nothing"))
-    assert "404 NoSuchBucket" in refusal(lambda: object_store.read("s3://nobucket/nothing"))
+    assert "there is no such bucket (404 NoSuchBucket)" in refusal(
+        lambda: object_store.read("s3://nobucket/nothing")
+    )
+    for url, kind in ((f"{URL}/nothing", Missing), ("s3://nobucket/nothing", Unreachable)):
+        with pytest.raises(Unreachable) as caught:
+            object_store.read(url)
+        assert type(caught.value) is kind
+
+
+@pytest.mark.parametrize("key", ["./a", "a//b", "a/../b", "a\tb", "a\udcff"])
+def test_a_key_that_no_object_has_is_told_at_once(proxy, key):
+    line = refusal(lambda: object_store.read(f"{URL}/{key}"))
+
+    assert "this names no object: name an object as s3://bucket/key" in line
+    assert "tried" not in line
+    assert proxy.requests == []
+
+
+def test_what_is_given_for_an_object_can_be_another_and_for_one_that_is_missing(proxy):
+    def accept(row: int, content: np.ndarray | None) -> np.ndarray:
+        return np.array([row] if content is None else content[:1] + 100, np.uint8)
+
+    def parts(rows: list[int]) -> list[Part]:
+        return [Part(f"{URL}/small/{row}", (row,)) for row in rows]
+
+    rows = np.array([3, OBJECTS + 1])
+    ahead = Ahead(lambda step: rows, parts, accept=accept, access=CALM)
+    given = [each.tolist() for each in ahead.step(0)]
+    ahead.close()
+
+    assert given == [[103], [OBJECTS + 1]]
 
 
 def test_a_range_behind_the_end_is_told_at_once(proxy):

@@ -1,5 +1,6 @@
 """`python -m fastssl.data pack`: the same bytes each time, taken up again, read back, bad named."""
 
+import contextlib
 import errno
 import fcntl
 import io
@@ -13,7 +14,9 @@ import subprocess
 import sys
 import tarfile
 import time
+import tracemalloc
 from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +127,28 @@ def test_every_mode_and_orientation_becomes_what_dali_decodes(tmp_path):
         expected = decoded_by_dali(root / name).astype(int)
         assert pixels.shape == expected.shape, name
         assert abs(pixels - expected).max() <= 1, name
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I"])
+def test_sixteen_bits_are_cut_to_their_upper_8_in_little_memory(mode):
+    deep = np.random.default_rng(0).integers(0, 65536, (300, 500), np.uint16)
+    if mode == "I":
+        whole = deep.astype(np.int32)
+        whole[0, :3] = -5, 65536, 2**31 - 1
+        image, expected = Image.fromarray(whole), (deep >> 8).astype(np.uint8)
+        expected[0, :3] = 0, 255, 255
+    else:
+        kind = ">u2" if mode == "I;16B" else "<u2"
+        image = Image.frombytes(mode, (500, 300), deep.astype(kind).tobytes())
+        expected = (deep >> 8).astype(np.uint8)
+    assert image.mode == mode
+
+    tracemalloc.start()
+    upright = pack_image.upright_rgb(image)
+    peak = tracemalloc.get_traced_memory()[1]  # numpy's and bytes: Pillow's own is its pixels
+    tracemalloc.stop()
+    np.testing.assert_array_equal(np.asarray(upright), np.repeat(expected[..., None], 3, axis=2))
+    assert peak < 4 * deep.size
 
 
 def test_square_is_the_middle_at_one_size_small_images_enlarged(tmp_path):
@@ -254,6 +279,60 @@ def test_names_that_are_no_text_are_kept_and_shown_on_one_line(tmp_path, capsys)
     samples = pack(tmp_path / "images", tmp_path / "store", "--form", "jpeg")
     assert names(samples) == ["a\nb.png", "\udcff.png"]
     assert r"pack: leaving out '\udcfe.png': " in capsys.readouterr().out
+
+
+def failing_open(monkeypatch, times: int, number: int) -> None:
+    """So many times a file cannot be opened to be packed."""
+    left = iter(range(times))
+
+    def fails(path: str, mode: str):
+        if next(left, None) is not None:
+            raise OSError(number, os.strerror(number), path)
+        return open(path, mode)
+
+    monkeypatch.setattr(pack_image, "open", fails, raising=False)
+
+
+def test_a_file_that_cannot_be_read_just_now_is_tried_again_and_never_left_out(
+    tmp_path, monkeypatch
+):
+    path = tmp_path / "a.jpg"
+    path.write_bytes(encoded(20, 20))
+    for number in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT):
+        failing_open(monkeypatch, 1, number)
+        assert isinstance(pack_image.pack_all([str(path)], Form(), 10_000)[0], pack_image.Packed)
+        failing_open(monkeypatch, 2, number)
+        with pytest.raises(
+            pack_image.MachineFault, match=f"^{path} cannot be read: {os.strerror(number)}$"
+        ):
+            pack_image.pack_all([str(path)], Form(), 10_000)
+    for number in (errno.ENOENT, errno.EACCES):
+        failing_open(monkeypatch, 2, number)
+        said = pack_image.pack_all([str(path)], Form(), 10_000)
+        assert said == [f"cannot be read: {os.strerror(number)}"]
+
+
+@pytest.mark.parametrize("form", [Form(form="original", short_side=None), Form()])
+def test_want_of_memory_is_not_taken_for_a_bad_file(form, tmp_path, monkeypatch):
+    def full(*_):
+        raise MemoryError
+
+    (tmp_path / "a.jpg").write_bytes(encoded(20, 20))
+    monkeypatch.setattr(pack_image.image_bytes, "check_pixels", full)
+    with pytest.raises(pack_image.MachineFault, match="not enough memory to decode it"):
+        pack_image.pack_all([str(tmp_path / "a.jpg")], form, 10_000)
+
+
+def test_a_fault_of_the_machine_ends_a_pack_that_can_be_gone_on_with(
+    images, tmp_path, monkeypatch, capsys
+):
+    def fails(self, future):
+        raise pack_image.MachineFault("/a.jpg cannot be read: Input/output error")
+
+    monkeypatch.setattr(worker_pool.Interrupt, "result", fails)
+    assert refused(capsys, "pack", images, tmp_path / "store", "--workers", "1") == (
+        f"/a.jpg cannot be read: Input/output error; nothing is kept of {tmp_path}/store"
+    )
 
 
 def test_images_of_too_many_pixels_are_left_out_before_they_are_decoded(tmp_path):
@@ -524,6 +603,48 @@ def test_what_is_read_back_otherwise_is_packed_again(noise, tmp_path, stop_after
     assert files(tmp_path / "store") == files(tmp_path / "whole")
 
 
+@pytest.fixture
+def part(tmp_path) -> Path:
+    """What a pack has left that ended behind its second whole shard."""
+    folder = tmp_path / "store.part"
+    folder.mkdir()
+    left = pack_part.Part(folder, {"form": "raw"}, restart=False)
+    for number in range(2):
+        name = f"shard-{number:06d}.tar"
+        (left.store / name).write_bytes(b"a tar")
+        (left.store / name).with_suffix(".idx").write_bytes(b"an index")
+        columns = pack_part.Columns()
+        columns.append(b"a.png", **dict.fromkeys(pack_part.OWN[:-1], number))
+        left.finish(pack_part.Finished(name, 5, "", 1, number + 1, {}), columns)
+    assert pack_part.kept(folder) == (2, 2)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["npz", "json"])
+@pytest.mark.parametrize("spoilt", ["flipped", "cut"])
+def test_a_shard_whose_notes_are_damaged_is_packed_again(part, kind, spoilt):
+    note = part / "finished" / f"000001.{kind}"
+    content = note.read_bytes()
+    for place in range(0, len(content), 7):
+        rest = bytes([content[place] ^ 1]) + content[place + 1 :] if spoilt == "flipped" else b""
+        note.write_bytes(content[:place] + rest)
+        assert pack_part.kept(part) == (1, 1)
+
+    taken_up = pack_part.Part(part, {"form": "raw"}, restart=False)
+    assert [each.name for each in taken_up.finished] == ["shard-000000.tar"]
+    assert sorted(path.name for path in part.glob("*/*")) == [
+        *("000000.json", "000000.npz", "shard-000000.idx", "shard-000000.tar")
+    ]
+
+
+def test_files_of_others_among_the_notes_are_passed_over(part):
+    (part / "finished" / ".DS_Store").write_bytes(b"theirs")
+    (part / "finished" / ".nfs00000000045c9bd200000001").write_bytes(b"theirs")
+
+    taken_up = pack_part.Part(part, {"form": "raw"}, restart=False)
+    assert len(taken_up.finished) == 2
+
+
 def test_a_folder_that_no_pack_has_left_is_not_emptied(images, tmp_path, capsys):
     (tmp_path / "store.part").mkdir()
     (tmp_path / "store.part" / "thesis.tex").write_text("mine")
@@ -554,8 +675,8 @@ def test_a_full_disk_is_one_line_and_keeps_whole_tars_only(noise, small_disk, tm
     assert files(small_disk / "store") == files(tmp_path / "whole")
 
 
-def many(root: Path, count: int = 1200) -> None:
-    """Enough work for seconds: hard links to one file."""
+def many(root: Path, count: int) -> None:
+    """Enough work for a second: hard links to one file."""
     file = root / "0.png"
     root.mkdir()
     picture(500, 700).save(file)
@@ -602,41 +723,25 @@ def descendants(parent: int) -> list[int]:
     return found
 
 
-def test_a_pack_that_is_killed_leaves_no_store_and_no_process_and_can_be_started_anew(
+def test_a_pack_that_is_ended_at_random_places_leaves_no_process_and_goes_on_to_the_same_bytes(
     tmp_path, checkout, environ
 ):
-    many(tmp_path / "images")
-    store = tmp_path / "store"
-    process = started(tmp_path / "images", store, checkout, environ)
-    below = descendants(process.pid)
-    process.kill()
-    process.communicate()
-
-    assert len(below) >= 2  # workers
-    assert not store.exists()
-    assert (tmp_path / "store.part").exists()
-    deadline = time.monotonic() + 20
-    while any(Path(f"/proc/{each}").exists() for each in below):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    samples = pack(tmp_path / "images", store, "--short-side", "32", "data.limit=3")
-    assert len(samples) == 3
-    assert not (tmp_path / "store.part").exists()
-
-
-def test_a_pack_that_is_ended_at_random_places_goes_on_to_the_same_bytes(
-    tmp_path, checkout, environ
-):
-    many(tmp_path / "images", 240)
+    many(tmp_path / "images", 160)
     store = tmp_path / "store"
     options = ["--short-side", "120", "--shard-mb", "1"]
     chance, kept = random.Random(5), 0
     for number in (signal.SIGKILL, signal.SIGINT):
         process = started(tmp_path / "images", store, checkout, environ, *options, kept=kept + 1)
+        below = descendants(process.pid)
         time.sleep(chance.uniform(0, 0.05))
         process.send_signal(number)
         said = process.communicate(timeout=60)[1].decode()
+        deadline = time.monotonic() + 60
+        while any(Path(f"/proc/{each}").exists() for each in below):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
         before, (kept, images) = kept, pack_part.kept(tmp_path / "store.part")
+        assert len(below) >= 2  # workers
         assert not store.exists()
         assert kept > before
         if number == signal.SIGINT:
@@ -655,15 +760,26 @@ def test_a_pack_that_is_ended_at_random_places_goes_on_to_the_same_bytes(
     assert files(store) == files(tmp_path / "whole")
 
 
-def test_ctrl_c_leaves_nothing_where_nothing_is_whole(tmp_path, checkout, environ):
-    many(tmp_path / "images")
-    process = started(tmp_path / "images", tmp_path / "store", checkout, environ)
-    process.send_signal(signal.SIGINT)
+def test_ctrl_c_leaves_nothing_where_nothing_is_whole(images, tmp_path, monkeypatch, capsys):
+    def interrupted(self, future):
+        raise KeyboardInterrupt
 
-    said = process.communicate(timeout=60)[1].decode()
-    assert process.returncode == 130
+    monkeypatch.setattr(worker_pool.Interrupt, "result", interrupted)
+    assert data.main(["pack", str(images), str(tmp_path / "store"), "--workers", "1"]) == 130
+
+    said = capsys.readouterr().err
     assert said == f"interrupted: nothing is kept of {tmp_path}/store\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "images"]
+
+
+def test_a_part_with_nothing_whole_is_begun_anew_in_any_form(images, tmp_path):
+    part = tmp_path / "store.part"
+    (part / "store").mkdir(parents=True)
+    (part / "plan.json").write_text(json.dumps({"form": "another"}))
+    (part / "store" / "shard-000000.tar").write_bytes(b"cut o")
+
+    assert len(pack(images, tmp_path / "store", "data.limit=3")) == 3
+    assert not part.exists()
 
 
 def test_ctrl_c_waits_until_no_lock_of_the_executor_can_be_held():
@@ -684,18 +800,41 @@ def test_ctrl_c_waits_until_no_lock_of_the_executor_can_be_held():
     assert restored is signal.default_int_handler
 
 
-def test_a_worker_that_is_killed_is_one_line_and_leaves_nothing(tmp_path, checkout, environ):
-    many(tmp_path / "images")
-    process = started(tmp_path / "images", tmp_path / "store", checkout, environ)
-    children = descendants(process.pid)
-    workers = [each for child in children for each in descendants(child)]
-    os.kill(workers[0], signal.SIGKILL)
+def end_at_five(paths: list[str]) -> list[str]:
+    """A worker's work, which the kernel ends at a file."""
+    if any(path.endswith("/5.png") for path in paths):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return paths
 
-    said = process.communicate(timeout=60)[1].decode()
-    assert process.returncode == 2
+
+def test_a_worker_that_is_killed_is_told_with_what_it_was_busy_with():
+    pieces = [[f"/{number}.png"] for number in range(9)]
+    done = []
+
+    for workers in (1, 2):
+        with (
+            contextlib.closing(worker_pool.in_order(end_at_five, pieces, workers)) as results,
+            pytest.raises(worker_pool.WorkerLost, match="a worker process was killed") as lost,
+        ):
+            done += list(results)
+        assert ["/5.png"] in lost.value.pieces
+        assert len(lost.value.pieces) <= workers
+        assert ("fewer than --workers 2" in str(lost.value)) == (workers == 2)
+
+
+def test_a_pack_whose_worker_is_killed_names_the_files_and_how_to_find_which(
+    images, tmp_path, monkeypatch, capsys
+):
+    def lose(self, future):
+        raise BrokenProcessPool
+
+    monkeypatch.setattr(worker_pool.Interrupt, "result", lose)
+    said = refused(capsys, "pack", images, tmp_path / "store", "--workers", "1")
+    first = sorted(map(str, images.rglob("*.jpg")))[:8]
     assert said == (
-        "error: a worker process was killed, perhaps for want of memory: give fewer than"
-        " --workers 2\n"
+        "a worker process was killed, perhaps for want of memory; if that happens again, it is one"
+        f" of {', '.join(first)}: `python -m fastssl.data check SOURCE --decode` finds out which,"
+        f" for data.quarantine; nothing is kept of {tmp_path}/store"
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "images"]
 

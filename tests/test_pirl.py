@@ -557,7 +557,9 @@ def test_spread_is_one_for_random_directions_and_zero_when_collapsed():
     directions = torch.randn(4000, 6, generator=torch.Generator().manual_seed(0))
     assert spread(directions) == pytest.approx(1, abs=0.05)
     assert spread(directions[:1].expand(50, 6)) == pytest.approx(0, abs=1e-6)
-    assert spread(directions[:1]) == 0
+
+    objective.backbone.forward = lambda image: directions[:1]
+    assert "std" not in objective(directions[:1], torch.zeros(1, dtype=torch.int64))[1]
 
 
 # -- the memory over steps ----------------------------------------------------------------------
@@ -724,10 +726,11 @@ def test_two_processes_train_as_one_with_the_joined_batch_and_hold_the_same_memo
         ({"patch_weight": 1.1}, r"patch_weight \(1.1\) must lie in 0 ... 1"),
         ({"patch_weight": float("nan")}, r"patch_weight \(nan\) must"),
         ({"temperature": 0.0}, r"temperature \(0.0\) must be above 0"),
+        ({"temperature": 1e-300}, r"temperature \(1e-300\) must be above 0, 0.0001 at least"),
         ({"momentum": 1.0}, r"momentum \(1.0\) must be at least 0 and below 1"),
         ({"momentum": -0.1}, r"momentum \(-0.1\) must be at least 0 and below 1"),
         ({"negatives": 0}, r"negatives \(0\) must be at least 1"),
-        ({"dimension": 0}, r"dimension \(0\) must be at least 1"),
+        ({"dimension": 1}, r"dimension \(1\) must be at least 2: unit vectors of one number are"),
         ({"patches": 0}, r"patches \(0\) must be at least 1"),
         ({"shard_bank_gb": -1.0}, r"shard_bank_gb \(-1.0\) must be at least 0: 0 shares out every"),
         ({"shard_bank_gb": float("nan")}, r"shard_bank_gb \(nan\) must be at least 0"),

@@ -193,6 +193,7 @@ def test_folders_that_do_not_fit_are_named(data, tmp_path):
         ({"every_epochs": -1}, r"every_epochs \(-1\) must be at least 0"),
         ({"neighbours": ()}, r"neighbours \(\[\]\) must be positive"),
         ({"temperature": 0.0}, r"temperature \(0.0\) must be above 0"),
+        ({"temperature": 1e-320}, r"temperature \(1e-320\) must be above 0, 0.0001 at least"),
         ({"batch": 0}, r"batch \(0\) must be at least 1"),
     ],
 )

@@ -102,3 +102,17 @@ def test_a_damaged_line_is_told_by_its_number(tmp_path: Path, damaged: bytes):
 def test_a_missing_file_is_told(tmp_path: Path):
     with pytest.raises(ValueError, match=r"^data\.quarantine: cannot read .*: No such file"):
         quarantine.read(tmp_path / "none.jsonl")
+
+
+def test_of_a_folder_that_check_wrote_the_file_of_the_split_is_read(tmp_path: Path):
+    for name in ("train", "val"):
+        text = quarantine.line(name.encode(), "grey")
+        (tmp_path / f"quarantine-{name}.jsonl").write_text(text)
+
+    assert set(quarantine.read(tmp_path, "/data/train/")) == {"train"}
+    assert set(quarantine.read(tmp_path, "s3://bucket/val")) == {"val"}
+    assert set(quarantine.read(tmp_path, "lists/val.csv")) == {"val"}
+    with pytest.raises(ValueError, match=r"holds neither quarantine-test\.jsonl nor quarantine\.j"):
+        quarantine.read(tmp_path, "/data/test")
+    (tmp_path / "quarantine.jsonl").write_text(quarantine.line(b"all", "grey"))
+    assert set(quarantine.read(tmp_path, "/data/photos")) == {"all"}

@@ -262,15 +262,27 @@ def test_a_path_of_another_recipe_is_refused_by_key(tmp_path):
 def test_a_path_that_leads_to_no_checkpoint_is_named(tmp_path):
     a_run(tmp_path / "early")
     checkpoint.save(tmp_path / "copies", 5, {}, keep=1)
+    (tmp_path / "copies" / "checkpoints").mkdir()
 
     for named, message in {
         "nowhere": r"nowhere\) does not exist: give auto, never, a run folder or a checkpoint",
         "early": r"early\) has no checkpoint in .*/early/checkpoints",
+        "copies/checkpoints": r"is a folder of checkpoints: give the run folder, .*/copies, or one",
         "copies/step-00000005.pt": r"is in no run folder: .*recipe.yaml is not there",
         "long" * 1000: r"train.resume \(\S{200}\) cannot be looked at: File name too long",
     }.items():
         with pytest.raises(RecipeError, match=message):
             run_folder.open_run(tmp_path / "new", str(tmp_path / named), VALUES)
+
+
+def test_a_file_that_is_in_no_run_s_checkpoints_is_named_however_near_the_root(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(Path, "exists", lambda path: str(path) == "/file")
+    with pytest.raises(
+        RecipeError, match=r"/file\) is in no run folder: /recipe.yaml is not there"
+    ):
+        run_folder.open_run(tmp_path / "new", "/file", VALUES)
 
 
 def test_a_second_run_is_told_who_holds_the_folder_and_waits_once(tmp_path):
@@ -289,6 +301,52 @@ def test_a_lock_ends_with_its_file_and_leaves_a_fresh_folder_fresh(tmp_path):
         found = run_folder.open_run(tmp_path / "run", "never", VALUES)
 
     assert found is None
+
+
+def test_a_lock_that_was_deleted_keeps_no_one_out_and_its_holder_is_told(tmp_path):
+    out = tmp_path / "run"
+    with run_folder.lock(out) as first:
+        run_folder.check_lock(first, out)
+        (out / ".lock").unlink()
+        with pytest.raises(run_folder.LockLostError, match="Never delete that file"):
+            run_folder.check_lock(first, out)
+        with run_folder.lock(out, wait=0.0) as second:
+            run_folder.check_lock(second, out)
+            with pytest.raises(run_folder.LockLostError, match=r"/run/.lock was deleted or repl"):
+                run_folder.check_lock(first, out)
+
+
+def test_a_lock_that_is_deleted_while_it_is_waited_for_is_taken_anew(tmp_path, monkeypatch):
+    usual = fcntl.flock
+
+    def deleted_before(file, how):
+        monkeypatch.setattr(fcntl, "flock", usual)
+        (tmp_path / ".lock").unlink()
+        usual(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", deleted_before)
+    with run_folder.lock(tmp_path) as held:
+        run_folder.check_lock(held, tmp_path)
+
+
+def test_what_a_killed_run_left_unfinished_is_deleted_by_the_next_and_nothing_else(tmp_path):
+    run = a_run(tmp_path / "run")
+    (run / ".backbone.safetensors.12-0123abcd.tmp").touch()
+    (run / ".mine.tmp").touch()
+    run_folder.lock(run).close()
+
+    assert sorted(path.name for path in run.glob(".*.tmp")) == [".mine.tmp"]
+
+
+def test_a_home_folder_is_known_by_its_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run = a_run(tmp_path / "run", 100)
+
+    assert run_folder.open_run(tmp_path / "new", "~/run", VALUES) == newest_of(run)
+
+
+def newest_of(run: Path) -> Path | None:
+    return checkpoint.latest(run / "checkpoints")
 
 
 def test_a_run_that_is_just_ending_is_waited_for(tmp_path):
@@ -357,6 +415,7 @@ def test_everything_that_differs_from_the_checkpoint_is_named():
         "  world: 2 there, 1 here",
         "  graph: a there, missing here",
         "  reader: missing there, b here",
+        "  a file was added, deleted, renamed or replaced by one of another size since: undo that",
         "make them equal again, or start anew in another folder (train.out=...)",
     ]
 

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -539,6 +540,34 @@ def test_reading_from_a_store_gives_bytes_of_its_own(damaged, checkout, tmp_path
         stored = samples.content(row)[0]
         assert np.array_equal(np.asarray(contents.at(place)), stored)
         assert not any(begin <= contents[place].data_ptr() < end for begin, end in shards)
+
+
+def test_of_an_object_store_no_cold_rate_and_no_sizes_are_told(monkeypatch, checkout, tmp_path):
+    class Decoded:
+        def __init__(self):
+            self.skipped: dict[int, str] = {}
+
+        def __next__(self):
+            return {}
+
+    unseen = np.zeros(3, np.uint16)  # sides
+    far = SimpleNamespace(
+        usable=np.arange(3), height=unseen, width=unseen, path=lambda row: f"s3://bucket/{row}.jpg"
+    )
+    monkeypatch.setattr(same_files, "Loader", lambda *_, **__: Decoded())
+    monkeypatch.setattr(same_files, "_contents", lambda *_: ([b"12", b"3456"], False))
+    recipe = config.load(checkout / "recipes" / "rotation.yaml", [f"data.root={tmp_path}"])
+    files = same_files.choose(recipe, far, Options(threads=1), print)
+    said = same_files.cold_rates(files, Options(threads=1), batch=1, repeats=1, seconds=0.1)
+
+    assert files.remote
+    assert not files.together
+    assert [files.facts[key] for key in ("width", "height", "megapixels")] == [None] * 3
+    assert files.facts["bytes"] == 3
+    assert isinstance(said, str)
+    assert "read_cold is left out, and the object store itself was not measured" in said
+    line = stages._description(recipe, files, torch.device("cpu"), Options(threads=1))
+    assert "3 of 3 images: on average pixels not known, 0 kB, 0% JPEG" in line
 
 
 @pytest.mark.parametrize(

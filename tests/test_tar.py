@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import io
 import json
+import os
 import resource
 import shutil
 import tarfile
@@ -23,6 +24,7 @@ from fastssl import config, data, loader, order
 from pipelines import evaluation, pirl_jigsaw, single_view
 from pipelines.images import Encoded
 from pipelines.readers import folder, headers, quarantine, tar, tar_local, tar_store
+from tests.packing import agree, write_manifest
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 GRAPHS = sorted(
@@ -32,7 +34,7 @@ GRAPHS = sorted(
 )
 FORMS = ("original", "jpeg", "raw")
 KINDS = ("png", "webp", "bmp")  # of one image each, the others are JPEGs
-SHARD = {"name": "a.tar", "bytes": 1, "sha256": "", "images": 40, "first_row": 0}
+SHARD = {"name": "a.tar", "bytes": 1, "sha256": "0" * 64, "images": 40, "first_row": 0}
 SHORT = 80  # pixels: some of the built-in images are smaller, or are stored as they are
 
 
@@ -659,20 +661,43 @@ def test_another_version_is_named_with_who_wrote_it(copy):
         ({"shards": [SHARD | {"name": ".."}]}, "shard '..'"),
         ({"shards": [SHARD | {"bytes": -1}]}, "shard a.tar: bytes, images or first_row"),
         ({"shards": [SHARD | {"images": True}]}, "shard a.tar: bytes, images or first_row"),
-        ({"shards": [SHARD, SHARD]}, "shard a.tar: bytes, images or first_row"),
+        ({"shards": [SHARD, SHARD | {"name": "b"}]}, "shard b: bytes, images or first_row"),
         ({"shards": [{"name": "a.tar", "bytes": 1}]}, "at 'sha256'"),
         ({"classes": [1]}, "classes"),
         ({"index": {}}, "at 'shard'"),
         ({"images": 41}, "40 images in shards, 41 said"),
         ({"images": "40"}, "images '40'"),
         ({"format": "other"}, "not the manifest of a tar store"),
+        ({"shards": [SHARD | {"bytes": 10**30}]}, "shard a.tar: bytes, images or first_row"),
+        ({"shards": [SHARD | {"bytes": 0}]}, "shard a.tar: bytes, images or first_row"),
+        ({"shards": [SHARD | {"first_row": 0.0}]}, "shard a.tar: bytes, images or first_row"),
+        ({"shards": [SHARD | {"sha256": 1}]}, "shard a.tar: sha256"),
+        ({"shards": [SHARD | {"name": "a\0.tar"}]}, "shard 'a\\x00.tar'"),
+        ({"shards": [SHARD | {"name": "a\ud800.tar"}]}, "shard 'a\\ud800.tar'"),
+        ({"shards": [SHARD, SHARD | {"first_row": 40}]}, "shard 'a.tar'"),
+        ({"shards": {"a.tar": SHARD}}, "at 'shards'"),
+        ({"classes": ["a\ud800"]}, "classes"),
+        ({"classes": "ab"}, "at 'classes'"),
+        ({"index": dict.fromkeys(tar_store.COLUMNS, 1)}, "index"),
+        ({"images": 0, "shards": []}, "images 0"),
     ],
 )
 def test_a_manifest_that_says_what_cannot_be_is_refused(change, named, copy):
-    path = copy / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    write_manifest(copy, json.loads((copy / "manifest.json").read_text()) | change)
 
     assert named in error(copy)
+
+
+def test_a_manifest_that_was_changed_is_refused(copy):
+    path = copy / "manifest.json"
+    whole = json.loads(path.read_text())
+    for change in ({"classes": whole["classes"][::-1]}, {"quality": 1}, {"left_out": {"a": "b"}}):
+        path.write_text(json.dumps(whole | change))
+
+        assert error(copy) == (
+            f"{path} is not as it was written (its SHA-256): copy or pack it again (python -m"
+            " fastssl.data pack SOURCE STORE)"
+        )
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff", b'{"format": 1}'])
@@ -700,7 +725,7 @@ def change(store: Path, column: str, row: int, value: int) -> None:
     np.save(path, content)
     manifest = json.loads((store / "manifest.json").read_text())
     manifest["index"][column] = tar_store.sha256_of(str(path))
-    (store / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(store, manifest)
 
 
 @pytest.mark.parametrize(
@@ -709,12 +734,42 @@ def change(store: Path, column: str, row: int, value: int) -> None:
         *(("shard", -1), ("shard", 99), ("offset", -1), ("offset", 1 << 40), ("size", 0)),
         *(("size", 1 << 40), ("size", 5), ("height", -1), ("width", 7), ("label", -2)),
         *(("label", 10), ("name_end", 1 << 40), ("name_end", 0)),
+        ("offset", 128),  # where another is
     ],
 )
 def test_an_index_that_leads_out_of_its_shards_is_refused(column, value, copy):
     change(copy, column, 21, value)
 
     assert f"the index in {copy}/index is wrong about image 21: it can't lie" in error(copy)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"PK\3\4",
+        b"\x93NUMPY\1\0\x08\0(\x27\x27\x27\n   ",
+        b"\x93NUMPY\1\0\x50\0%-79s\n" % b"{'descr': '<i8', 'fortran_order': False, 'shape': (%d,)}",
+        b"\x93NUMPY\1\0\x50\0%-79s\n" % b"{'descr': '|O', 'fortran_order': False, 'shape': (40,)}",
+    ],
+)
+def test_a_column_that_is_no_array_is_named_with_the_remedy(content, copy):
+    path = copy / "index" / "offset.npy"
+    path.write_bytes(content.replace(b"%d", b"%d" % 10**22))
+    agree(copy)
+
+    said = error(copy)
+    assert said.startswith(f"{path} is no array that numpy can map (")
+    assert said.endswith("): copy or pack it again (python -m fastssl.data pack SOURCE STORE)")
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "index/size.npy", "shard-000000.tar"])
+def test_a_pipe_in_a_store_keeps_nobody_waiting(name, copy):
+    (copy / name).unlink()
+    os.mkfifo(copy / name)
+
+    reason = "has 0 bytes" if name.endswith("tar") else "it is no regular file"
+    assert reason in error(copy)
 
 
 def test_images_without_a_label_leave_a_store_without_classes(copy):
@@ -758,8 +813,8 @@ def test_quarantined_images_keep_their_rows_and_are_told_as_bad(stores, tmp_path
 
 
 def test_keys_that_later_versions_add_to_the_manifest_are_not_minded(copy):
-    path = copy / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"later": [1, 2]}))
+    said = json.loads((copy / "manifest.json").read_text())
+    write_manifest(copy, said | {"later": [1, 2]})
 
     assert len(opened(copy)[0]) == 40
 

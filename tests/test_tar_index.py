@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import struct
 import tarfile
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import wds2idx
 
-from fastssl import data, tar_file
+from fastssl import data, store_heads, tar_file
 from pipelines.readers import tar
 from tests.packing import encoded, files, refused
 
@@ -156,7 +155,71 @@ def test_verify_names_the_damaged_image_of_an_indexed_tar(tars, capsys):
     assert said[1].startswith("damaged: a.tar, image 1 (a/1.jpg): its bytes are not those")
 
 
+def test_names_are_kept_as_a_folder_would_have_them(tars, tmp_path):
+    one, two = encoded(20, 20), encoded(20, 21)
+    add(tars / "a.tar", {"./d//0.jpg": one, "d/0.cls": b"4", "./1.jpg": two, "./1.cls": b"4"})
+    assert data.main(["index", str(tars), "--workers", "1"]) == 0
+
+    assert data.main(["verify", str(tars)]) == 0
+    assert data.main(["unpack", str(tars), str(tmp_path / "again")]) == 0
+    assert files(tmp_path / "again") == {"4/a/d/0.jpg": one, "4/a/1.jpg": two}
+
+
+def test_labels_that_no_folder_can_be_called_by_are_none(tars):
+    add(
+        tars / "a.tar",
+        {
+            **{"0.jpg": encoded(20, 20), "0.json": b'{"label": "\\ud800"}'},
+            **{"1.jpg": encoded(20, 21), "1.json": b'{"label": "a\\u0000"}'},
+            **{"2.jpg": encoded(20, 22), "2.json": b'{"label": "cat"}'},
+        },
+    )
+
+    assert data.main(["index", str(tars), "--workers", "1"]) == 0
+    assert opened(tars).classes == ("cat",)
+    assert len(opened(tars)) == 1
+
+
 # What is refused
+
+
+def test_two_at_once_leave_the_index_of_the_first(tars, capsys, monkeypatch):
+    add(tars / "a.tar", {"0.jpg": encoded(20, 20)})
+    write = store_heads.write_manifest
+    said: list[str] = []
+
+    def meanwhile(*given) -> None:
+        said.append(refused(capsys, "index", tars, "--workers", "1"))
+        write(*given)
+
+    monkeypatch.setattr(store_heads, "write_manifest", meanwhile)
+    assert data.main(["index", str(tars), "--workers", "1"]) == 0
+    assert said == [f"{tars} is being indexed by another process: wait for it"]
+    assert data.main(["verify", str(tars)]) == 0
+
+
+def test_what_another_made_meanwhile_is_not_removed(tars, capsys, monkeypatch):
+    add(tars / "a.tar", {"0.jpg": encoded(20, 20)})
+
+    def meanwhile(folder: Path, *_) -> None:
+        folder.mkdir()
+        (folder / "mine").touch()
+        raise FileExistsError(17, "File exists", str(folder))
+
+    monkeypatch.setattr(store_heads, "write_index", meanwhile)
+    assert "File exists" in refused(capsys, "index", tars, "--workers", "1")
+    assert sorted(files(tars)) == ["a.tar", "index/mine"]
+
+
+def test_one_number_written_in_two_ways_is_refused(tars, capsys):
+    add(
+        tars / "a.tar",
+        {"0.jpg": encoded(20, 20), "0.cls": b"1", "1.jpg": encoded(20, 20), "1.cls": b"01"},
+    )
+
+    assert refused(capsys, "index", tars, "--workers", "1") == (
+        "the labels 01 and 1 are the same number: write it in one way in all tars"
+    )
 
 
 def test_what_is_there_is_not_overwritten(tars, capsys):
@@ -217,10 +280,10 @@ def test_hostile_members_are_refused_and_nothing_is_written(hostile, called, tar
     assert sorted(files(tars)) == ["a.tar", "b.tar"]
 
 
-def negative(kind: bytes) -> bytes:
-    """A header whose size is below zero, in GNU's base 256: tarfile of old never ends on it."""
+def sized(kind: bytes, size: int) -> bytes:
+    """A header with a size in GNU's base 256."""
     block = bytearray(member("0.jpg", kind).tobuf(tarfile.GNU_FORMAT))
-    block[124:136] = b"\xff" * 4 + struct.pack(">q", -512)
+    block[124:136] = (size % (1 << 96) | (0 if size < 0 else 1 << 95)).to_bytes(12, "big")
     block[148:156] = b" " * 8
     block[148:156] = b"%06o\0 " % sum(block)
     return bytes(block)
@@ -233,10 +296,42 @@ def test_a_size_below_zero_does_not_go_round_in_circles(kind, first, tars):
     with tarfile.open(fileobj=good, mode="w") as file:
         file.addfile(member("1.jpg"))
     start = b"" if first else good.getvalue()[:512]
-    (tars / "a.tar").write_bytes(start + negative(kind) + bytes(10240))
+    # tarfile of old never ends on it
+    (tars / "a.tar").write_bytes(start + sized(kind, -512) + bytes(10240))
 
     with pytest.raises(ValueError, match="no tar that can be read"):
         list(tar_file.members(tars / "a.tar"))
+
+
+@pytest.mark.parametrize("kind", [b"0", b"L", b"K", b"x", b"g", b"X", b"S", b"5"])
+@pytest.mark.parametrize("size", [1 << 60, 1 << 80, 2 << 20])
+def test_sizes_that_no_memory_holds_are_refused(kind, size, tars):
+    (tars / "a.tar").write_bytes(sized(kind, size) + bytes(10240))
+
+    if kind == b"5":  # a folder's says nothing
+        assert list(tar_file.members(tars / "a.tar")) == []
+        return
+    with pytest.raises(ValueError, match=r"no tar that can be read|cut off|is a sparse file"):
+        list(tar_file.members(tars / "a.tar"))
+
+
+def test_a_sparse_file_of_pax_is_refused_by_our_own_words(tars):
+    with tarfile.open(tars / "a.tar", "w", format=tarfile.PAX_FORMAT) as file:
+        info = member("0.jpg")
+        info.pax_headers = {"GNU.sparse.map": "0,x"}
+        file.addfile(info)
+
+    with pytest.raises(ValueError, match="no tar that can be read: invalid literal"):
+        list(tar_file.members(tars / "a.tar"))
+
+
+def test_a_zero_byte_in_a_name_is_refused(tars, capsys):
+    with tarfile.open(tars / "a.tar", "w", format=tarfile.PAX_FORMAT) as file:
+        info = member("0.jpg")
+        info.pax_headers = {"path": "a\0.jpg"}
+        file.addfile(info)
+
+    assert "a\\x00.jpg' in it has a zero byte" in refused(capsys, "index", tars, "--workers", "1")
 
 
 def test_a_pax_size_below_zero_is_refused(tars):
@@ -278,6 +373,11 @@ def test_no_mutation_of_a_tar_leads_to_anything_but_members_or_a_named_error(tmp
             for _ in range(int(rng.integers(1, 6))):
                 at = int(rng.integers(0, 4096))
                 content[at % len(content)] = int(rng.integers(0, 256))
+            if rng.random() < 0.3:
+                size = int(rng.choice([-1, 1])) << int(rng.integers(0, 90))
+                head = sized(bytes([rng.choice([*b"0LKxgXS5"])]), size)
+                at = 512 * int(rng.integers(0, 4))
+                content[at : at + 512] = head
             path = tmp_path / "mutated.tar"
             path.write_bytes(content[: int(rng.integers(1, len(content) + 1))])
             try:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -521,7 +522,15 @@ def test_a_loss_that_is_no_number_stops_with_the_step_and_the_images(command, ca
     assert code == 1
     assert "the loss is nan at step" in said
     assert "rows" in said
+    assert "last checkpoint" not in said  # there is none
     assert not (tmp_path / "run" / "backbone.json").exists()
+
+
+def test_a_loss_that_is_no_number_points_to_the_checkpoint_before_it():
+    told = str(train.Diverged(7, math.nan, np.array([3]), str, is_saved=True))
+
+    assert "step 8: " in told
+    assert "The last checkpoint is from before. The batch: rows 3" in told
 
 
 def test_a_stop_after_the_loss_broke_saves_nothing(command, tmp_path, monkeypatch, capsys):

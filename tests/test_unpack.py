@@ -10,9 +10,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastssl import data, tar_file, unpack
-from pipelines.readers import tar_store
-from tests.packing import encoded, files, folder_of_classes, pack, refused
+from fastssl import data, part_folder, tar_file, unpack
+from tests.packing import (
+    agree,
+    encoded,
+    files,
+    folder_of_classes,
+    pack,
+    refused,
+    write_manifest,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -47,14 +54,7 @@ def forge(store: Path, *, names: list[bytes] | None = None, **numbers: dict[int,
         for row, value in changes.items():
             column[row] = value
         np.save(store / "index" / f"{name}.npy", column)
-    path = store / "manifest.json"
-    said = json.loads(path.read_text())
-    for shard in said["shards"]:
-        shard["bytes"] = (store / shard["name"]).stat().st_size
-        shard["sha256"] = tar_store.sha256_of(str(store / shard["name"]))
-    for name in said["index"]:
-        said["index"][name] = tar_store.sha256_of(str(store / "index" / f"{name}.npy"))
-    path.write_text(json.dumps(said))
+    agree(store)
 
 
 def names_of(packed: Path) -> list[bytes]:
@@ -151,10 +151,9 @@ def test_without_classes_a_name_from_the_root_is_refused(tmp_path, capsys):
 
 
 def test_a_class_that_leads_out_is_refused(store, tmp_path, capsys):
-    path = store / "manifest.json"
-    said = json.loads(path.read_text())
+    said = json.loads((store / "manifest.json").read_text())
     said["classes"][0] = "../../evil"
-    path.write_text(json.dumps(said))
+    write_manifest(store, said)
 
     assert 'has ".." in it' in refused(capsys, "unpack", store, tmp_path / "again")
     assert not (tmp_path / "again").exists()
@@ -225,6 +224,32 @@ def test_two_images_of_one_name_or_in_the_place_of_a_folder_are_refused(
         assert f"image {row} (" in said
         assert "another image has its name, or one of its folders'" in said
         assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize("name", ["shard-000000.tar", "manifest.json", "index/size.npy", "index"])
+def test_a_link_in_a_store_is_refused(name, store, tmp_path, capsys):
+    (store / name).rename(tmp_path / "elsewhere")
+    (store / name).symlink_to(tmp_path / "elsewhere")
+
+    said = refused(capsys, "unpack", store, tmp_path / "again")
+    assert said.startswith(f"{store}: index" if "index" in name else f"{store}: {name} is refused")
+    assert said.endswith("is refused: it is a link")
+
+
+def test_all_is_forced_to_the_disk_before_the_folder_has_its_name(store, tmp_path, monkeypatch):
+    synced: list[str] = []
+    sync = part_folder.sync
+    monkeypatch.setattr(part_folder, "sync", lambda path: synced.append(str(path)) or sync(path))
+    unpack.unpack(store, tmp_path / "again", max_pixels=10**6, workers=1)
+
+    part = f"{tmp_path}/again.part"
+    written = [part + str(path)[len(f"{tmp_path}/again") :] for path in each_of(tmp_path / "again")]
+    assert sorted(synced[:-1]) == sorted([part, *written])
+    assert synced[-1] == str(tmp_path)
+
+
+def each_of(folder: Path) -> list[Path]:
+    return list(folder.rglob("*"))
 
 
 def test_a_damaged_store_is_not_unpacked(store, tmp_path, capsys):

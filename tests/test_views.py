@@ -268,6 +268,9 @@ def test_sizes_are_as_asked(outputs, graph, bare, views, size):
         ({"grayscale": -0.1}, r"grayscale \(-0.1\) must be a probability"),
         ({"hue": 0.7}, r"hue \(0.7\) must be a part of a full turn"),
         ({"contrast": -0.1}, r"contrast \(-0.1\) must be at least 0"),
+        ({"brightness": 1e300}, r"brightness \(1e\+300\) must be at most 100"),
+        ({"image_area": (1e-12, 1.0)}, r"image_area \(\[1e-12, 1.0\]\) must be two ascending fr"),
+        ({"image_aspect": (1.0, 1e9)}, r"image_aspect \(\[1.0, 1000000000.0\]\) must be two asc"),
     ],
 )
 def test_what_cannot_be_is_refused_with_the_number(graph, bare, views, options, message):

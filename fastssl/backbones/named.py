@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 import torchvision
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torchvision.models import (
     GoogLeNet,
@@ -368,7 +369,12 @@ def _from_timm(name: str, pretrained: bool, image_size: int | None) -> _Made:
     timm = _timm()
     given: dict[str, int] = {} if image_size is None else {"img_size": image_size}
     try:
-        network = timm.create_model(name, pretrained=pretrained, num_classes=0, **given)
+        with _weights_only():
+            network = timm.create_model(name, pretrained=pretrained, num_classes=0, **given)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, SafetensorError) as error:
+        if not pretrained:
+            raise
+        raise ValueError(_not_weights(name, error, *_hub_remedy())) from None
     except OSError as error:
         raise ValueError(_not_fetched(name, error, *_hub_remedy())) from None
     except TypeError as error:
@@ -415,7 +421,10 @@ def _not_weights(name: str, error: Exception, cache: str, remedy: str) -> str:
 
 @contextlib.contextmanager
 def _weights_only() -> Iterator[None]:
-    """Torchvision reads its files as pickles that may run code, and has no argument against it."""
+    """Torchvision reads its files as pickles that may run code, and has no argument against it.
+
+    Nor have releases of timm that are older than its own `weights_only`.
+    """
     before = os.environ.get(_WEIGHTS_ONLY)
     os.environ[_WEIGHTS_ONLY] = "1"
     try:

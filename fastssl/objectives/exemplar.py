@@ -55,8 +55,11 @@ class Options:
     def __post_init__(self):
         if not self.margin > 0:
             raise ValueError(f"margin ({self.margin}) must be above 0")
-        if self.dimension < 1:
-            raise ValueError(f"dimension ({self.dimension}) must be at least 1")
+        if self.dimension < 2:
+            raise ValueError(
+                f"dimension ({self.dimension}) must be at least 2: unit vectors of one number are"
+                " 1 or -1"
+            )
 
 
 class Objective(nn.Module):
@@ -93,7 +96,7 @@ class Objective(nn.Module):
             The mean loss, and: `accuracy`, the part of the views whose nearest other view is of the
             same image; `chance`, what it would be by luck, (K - 1) / (N - 1) among N views; `std`,
             the spread of the unit embeddings over the batch, about 1 when in all directions and 0
-            when collapsed.
+            when collapsed (one image a process has none).
 
         Raises:
             ValueError: there is but one view of an image, or one image in the batch.
@@ -127,8 +130,10 @@ class Objective(nn.Module):
             metrics = {
                 "accuracy": right_A.float().mean(),
                 "chance": torch.full((), (count - 1) / others, device=index.device),
-                "std": self.options.dimension**0.5 * unit_AD.std(0, correction=0).mean(),
             }
+            if len(views) > 1:  # views of one image alone are to be alike
+                spread_D = unit_AD.std(0, correction=0)
+                metrics["std"] = self.options.dimension**0.5 * spread_D.mean()
         return loss, metrics
 
     def finish_step(self) -> None:

@@ -50,13 +50,17 @@ class Options:
     shuffle_batchnorm: bool = True
 
     def __post_init__(self):
-        if not self.temperature > 0:
-            raise ValueError(f"temperature ({self.temperature}) must be above 0")
+        if not self.temperature >= 1e-4:  # scores of less are no numbers in float32
+            raise ValueError(f"temperature ({self.temperature}) must be above 0, 0.0001 at least")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum ({self.momentum}) must be at least 0 and below 1")
-        for name in ("queue", "dimension"):
-            if vars(self)[name] < 1:
-                raise ValueError(f"{name} ({vars(self)[name]}) must be at least 1")
+        if self.queue < 1:
+            raise ValueError(f"queue ({self.queue}) must be at least 1")
+        if self.dimension < 2:
+            raise ValueError(
+                f"dimension ({self.dimension}) must be at least 2: unit vectors of one number are"
+                " 1 or -1"
+            )
         if self.hidden is not None and self.hidden < 1:
             raise ValueError(
                 f"hidden ({self.hidden}) must be at least 1, or null for a linear head"
@@ -121,7 +125,8 @@ class Objective(nn.Module):
             luck (the random directions that the queue begins with do not count here: any key of
             any image is nearer than those); `std`, the
             spread of the queries over the batch, about 1 when in all directions and 0 when
-            collapsed; `agreement`, the mean cosine of query and key.
+            collapsed (a batch of one image has none); `agreement`, the mean cosine of query and
+            key.
         """
         options = self.options
         query_BD = self._unit(self.head(self.backbone(query)))
@@ -140,13 +145,14 @@ class Objective(nn.Module):
         with torch.no_grad():
             real_K = self.queue_images != NOBODY
             right_B = match_B > scores_BK.masked_fill(~real_K, NO_SCORE).amax(1)
-            spread_D = query_BD.std(0, correction=0)
             metrics = {
                 "accuracy": right_B.float().mean(),
                 "chance": 1 / (1 + real_K.sum()),
-                "std": options.dimension**0.5 * spread_D.mean().float(),
                 "agreement": (query_BD * key_BD).sum(1).mean().float(),
             }
+            if len(query_BD) > 1:
+                spread_D = query_BD.std(0, correction=0)
+                metrics["std"] = options.dimension**0.5 * spread_D.mean().float()
         return loss, metrics
 
     @torch.no_grad()

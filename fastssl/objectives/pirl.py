@@ -87,13 +87,18 @@ class Options:
     def __post_init__(self):
         if not 0 <= self.patch_weight <= 1:
             raise ValueError(f"patch_weight ({self.patch_weight}) must lie in 0 ... 1")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature ({self.temperature}) must be above 0")
+        if not self.temperature >= 1e-4:  # scores of less are no numbers in float32
+            raise ValueError(f"temperature ({self.temperature}) must be above 0, 0.0001 at least")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum ({self.momentum}) must be at least 0 and below 1")
-        for name in ("negatives", "dimension", "patches"):
+        for name in ("negatives", "patches"):
             if vars(self)[name] < 1:
                 raise ValueError(f"{name} ({vars(self)[name]}) must be at least 1")
+        if self.dimension < 2:
+            raise ValueError(
+                f"dimension ({self.dimension}) must be at least 2: unit vectors of one number are"
+                " 1 or -1"
+            )
         if not self.shard_bank_gb >= 0:
             raise ValueError(
                 f"shard_bank_gb ({self.shard_bank_gb}) must be at least 0: 0 shares out every bank,"
@@ -178,7 +183,8 @@ class Objective(nn.Module):
             The mean loss of the batch, and: `accuracy`, the part of the views (of g if it counts,
             else of f) nearer to their own memory than to every negative; `chance`, what accuracy
             would be by luck; `std`, the spread of f over the batch, about 1 when in all directions
-            and 0 when collapsed; `agreement`, the mean cosine of f and g.
+            and 0 when collapsed (a batch of one image has none); `agreement`, the mean cosine of f
+            and g.
 
         Raises:
             ValueError: the pipeline puts out another number of patches than the options say.
@@ -220,13 +226,14 @@ class Objective(nn.Module):
         if self.training and torch.is_grad_enabled():  # not while only looking
             self.memory.see(index, image_BD)
         with torch.no_grad():
-            spread_D = image_BD.std(0, correction=0)
             others = min(options.negatives, self.memory.images - 1)
             metrics = {
                 "accuracy": right_VB[-1].float().mean(),
                 "chance": torch.full((), 1 / (1 + others), device=index.device),
-                "std": options.dimension**0.5 * spread_D.mean().float(),
             }
+            if len(image_BD) > 1:
+                spread_D = image_BD.std(0, correction=0)
+                metrics["std"] = options.dimension**0.5 * spread_D.mean().float()
             if options.patch_weight > 0:
                 metrics["agreement"] = (image_BD * views[-1]).sum(1).mean().float()
         return loss, metrics

@@ -34,6 +34,7 @@ class Chunk:
 class Dataset:
     """One split of a saved dataset."""
 
+    root: str  # its folder, which paths of images are relative to
     column: str  # of the images
     chunks: tuple[Chunk, ...]
     chunk_ends: np.ndarray  # int64 [chunks], rows of the files behind each
@@ -57,7 +58,7 @@ class Dataset:
             path = None
             if not len(image) and chunk.paths is not None:
                 path = chunk.paths[place].as_py()
-            found.append(image if not path else os.fsencode(os.path.abspath(path)))
+            found.append(image if not path else os.fsencode(os.path.join(self.root, path)))
         return found
 
     def only_paths(self, rows: np.ndarray) -> np.ndarray:
@@ -122,6 +123,14 @@ def opened(
     indices = _indices(root, arrow, mapped, sum(counts)) if mapped else None
     labels, classes = None, ()
     label_name = _label_column(root, schema, features, label_column, say)
+    if label_name is not None and label_column is None:
+        kind = schema.field(label_name).type
+        if not _is_label(arrow, kind):
+            say(
+                f"data: column {label_name} of {root} holds {kind}, and labels are whole numbers or"
+                " text: it is not used, and data.label_column names another"
+            )
+            label_name = None
     if label_name is not None:
         whole = arrow.chunked_array([c for t in tables for c in t.column(label_name).chunks])
         labels, classes = _labels(root, arrow, label_name, whole, features.get(label_name, {}))
@@ -132,10 +141,12 @@ def opened(
             if unlabelled < len(labels):
                 say(
                     f"data: {unlabelled:,} of {len(labels):,} images in {root} have no label"
-                    f" ({label_name}): the labels of the others are not used"
+                    f" ({label_name}): the labels of the others are not used (the first without"
+                    f" one: row {int(np.argmax(labels < 0))})"
                 )
             labels, classes = None, ()
     return Dataset(
+        root=root,
         column=column,
         chunks=tuple(chunks),
         chunk_ends=np.cumsum(counts, dtype=np.int64),
@@ -315,17 +326,25 @@ def _label_column(
     return None
 
 
+def _is_label(arrow: ModuleType, kind: Any) -> bool:
+    types = arrow.types
+    return types.is_integer(kind) or types.is_boolean(kind) or _is_text(arrow, kind)
+
+
 def _labels(
     root: str, arrow: ModuleType, name: str, column: Any, feature: Any
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     """Labels, int64 [rows of the files], -1 where there is none; and the names of the classes."""
     compute = pyarrow(root, ".compute")
     kind = column.type
-    if not (arrow.types.is_integer(kind) or _is_text(arrow, kind)):
+    if not _is_label(arrow, kind):
         raise ValueError(
             f"data.label_column: column {name} of {root} holds {kind}: labels are whole numbers or"
             " text"
         )
+    if arrow.types.is_boolean(kind):
+        column = column.cast("int8")
+        kind = column.type
     names = feature.get("names") if isinstance(feature, dict) else None
     if isinstance(names, list) and arrow.types.is_integer(kind):
         labels = column.cast("int64").fill_null(-1).to_numpy()

@@ -12,6 +12,7 @@ from nvidia.dali.fn.io import file
 from nvidia.dali.types import BatchInfo, DALIDataType
 
 from pipelines.images import Decoding, Encoded, Image
+from pipelines.readers import headers
 from pipelines.readers.object_store import Access, Ahead, Part
 
 THREADS = 16  # that read files: on a network disk most of them wait
@@ -48,18 +49,24 @@ def objects(
     place: Callable[[int], bytes],
     is_remote: np.ndarray,
     access: Access,
+    max_pixels: int,
+    told: dict[int, str],
     rows: Callable[[int], np.ndarray],
     decoding: Decoding,
 ) -> tuple[Image, DataNode]:
     """Whole objects of an object store, fetched ahead of need, with files among them.
 
-    A file that can't be read is given as no bytes, which no decoder takes: it is left out. An
-    object that can't be had ends the run (`object_store.Unreachable`): its image may be sound.
+    What can't be read, is not there, is no image or one of too many pixels is given as no bytes,
+    which no decoder takes: it is left out. Who then looks for the reason asks for it alone, and
+    gets it as an error: a decoder would not know it. An object that can't be had ends the run
+    (`object_store.Unreachable`): its image may be sound.
 
     Args:
         place: the url or path of a row.
         is_remote: bool [rows], which are urls.
         access: how the object store is asked.
+        max_pixels: of an image.
+        told: of all pipelines of a process, rows that were given as no bytes, with the reason.
         rows: as for `files`.
         decoding: likewise.
     """
@@ -71,15 +78,33 @@ def objects(
     def whole(group: list[int]) -> list[Part]:
         return [Part(os.fsdecode(place(row)), (row,)) for row in group]
 
-    ahead = Ahead(remote, whole, access=access)
+    wrong: dict[int, str] = {}
+
+    def accept(row: int, found: np.ndarray | None) -> np.ndarray:
+        """What is given of a row; None: it is not there."""
+        reason = "there is no such object" if found is None else _reason(found, max_pixels)
+        if found is not None and reason is None:
+            return found
+        wrong[row] = reason or ""
+        return np.empty(0, np.uint8)
+
+    def read(row: int) -> np.ndarray:
+        return accept(row, read_file(place(row)))
+
+    ahead = Ahead(remote, whole, accept=accept, access=access)
     pool = ThreadPoolExecutor(THREADS)  # its threads end when it is forgotten
 
     def content(step: int, chosen: np.ndarray) -> list[np.ndarray]:
         flags = is_remote[chosen].tolist()
-        paths = [place(row) for row, away in zip(chosen.tolist(), flags, strict=True) if not away]
-        near = pool.map(read_file, paths)
+        near = pool.map(read, chosen[~is_remote[chosen]].tolist())
         far = iter(ahead.step(step))
-        return [next(far) if away else next(near) for away in flags]
+        found = [next(far) if away else next(near) for away in flags]
+        for row, each in zip(chosen.tolist(), found, strict=True):
+            if not len(each):
+                if len(found) == 1 and row in told:
+                    raise RuntimeError(told[row])
+                told[row] = wrong[row]
+        return found
 
     return given(content, rows, decoding, copy=True)
 
@@ -123,6 +148,17 @@ def given(
     assert isinstance(encoded, DataNode)
     assert isinstance(index, DataNode)  # one output each
     return Encoded(encoded, decoding), index
+
+
+def _reason(content: np.ndarray, max_pixels: int) -> str | None:
+    """Why a file is no image of so many pixels at most, as far as its header tells."""
+    try:
+        height, width = headers.dimensions_of(content.data)
+    except ValueError as error:
+        return str(error)
+    if height * width <= max_pixels:
+        return None
+    return f"{width:,} x {height:,} pixels, over data.max_pixels={max_pixels:,}"
 
 
 def read_file(path: bytes) -> np.ndarray:

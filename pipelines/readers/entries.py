@@ -29,8 +29,13 @@ SUFFIXES = (".txt", ".csv", ".tsv", ".parquet")
 # Column names that are looked for, in this order, where the recipe names none.
 PATHS = ("path", "file", "filename", "file_name", "image", "url", "key")
 LABELS = ("label", "class", "category", "target")
-RELATIVE, ABSOLUTE, URL = range(3)  # kinds of entries
-_URL = re.compile(rb"[A-Za-z][A-Za-z0-9+.-]*://")
+# Kinds of entries. A path of a file can be such as no object's key can, and a url name no object.
+RELATIVE, ABSOLUTE, URL, RELATIVE_NO_KEY, URL_NO_OBJECT = range(5)
+URL_START = re.compile(rb"[A-Za-z][A-Za-z0-9+.-]*://")
+HERE = re.compile(rb"^(?:\./+)+")
+_PART = rb"(?!\.{1,2}(?:/|\Z))[^/\x00-\x1f\x7f]+"
+_KEY = re.compile(rb"(?:\./+)*%s(?:/%s)*" % (_PART, _PART), re.ASCII)
+_OBJECT = re.compile(rb"s3://[^/\x00-\x20\x7f]+(?:/%s)+" % _PART)
 _NUMBER = re.compile(rb"-?[0-9]{1,18}")
 
 
@@ -39,13 +44,14 @@ class Entries:
     """The lines of a list, in its order."""
 
     names: Names  # the entries, as the list has them
-    kinds: np.ndarray  # uint8 [entries]: RELATIVE, ABSOLUTE or URL
+    kinds: np.ndarray  # uint8 [entries]: RELATIVE, ABSOLUTE, URL, ...
     digests: np.ndarray  # uint64 [entries], of each entry: equal ones have equal digests
     labels: np.ndarray | None  # int64 [entries], in `classes`; None: not every entry has one
     classes: tuple[str, ...]  # sorted, by value where all of them are numbers
     height: np.ndarray | None  # int32 [entries], as the list has it; 0 where it doesn't
     width: np.ndarray | None
     unlabelled: int  # entries without a label
+    said: tuple[str, ...] = ()  # what the user should know of it
 
     def __len__(self) -> int:
         return len(self.kinds)
@@ -82,7 +88,7 @@ def read(path: str, *, path_column: str | None, label_column: str | None, clock:
         raise ValueError(f"data.root: cannot read {path}: {error.strerror or error}") from None
     if not found.kinds:
         raise ValueError(f"data.root: {path} lists no images: it has no line that is not blank")
-    return found.entries()
+    return found.entries(path)
 
 
 class _Found:
@@ -96,15 +102,14 @@ class _Found:
         self.number_of: dict[bytes, int] = {}
         self.height: list[np.ndarray] = []
         self.width: list[np.ndarray] = []
+        self.said: list[str] = []
 
     def add(self, name: bytes, label: bytes | None) -> None:
         self.text += name
         self.ends.append(len(self.text))
-        if name.startswith(b"/"):
-            self.kinds.append(ABSOLUTE)
-        else:
-            self.kinds.append(URL if _URL.match(name) else RELATIVE)
+        self.kinds.append(_kind(name))
         self.digests += hashlib.blake2b(name, digest_size=8).digest()
+        label = label.strip() if label else None
         if label:
             self.numbers.append(self.number_of.setdefault(label, len(self.number_of)))
         else:
@@ -112,22 +117,22 @@ class _Found:
         if len(self.numbers) % 65_536 == 0 and self.clock.is_due():
             self.clock.say(f"data: read {len(self.numbers):,} lines of the list")
 
-    def entries(self) -> Entries:
+    def entries(self, path: str) -> Entries:
+        names = Names(np.frombuffer(self.text, np.uint8), np.array(self.ends, np.int64))
         as_came = np.array(self.numbers, np.int64)
         unlabelled = int((as_came < 0).sum())
         labels, classes = None, []
         if not unlabelled:
-            classes = list(self.number_of)
-            if all(_NUMBER.fullmatch(each) for each in classes):
-                classes.sort(key=lambda each: (int(each), each))
-            else:
-                classes.sort()
-            place = np.empty(len(classes), np.int64)
-            for number, each in enumerate(classes):
-                place[self.number_of[each]] = number
+            classes, place = self._classes()
             labels = place[as_came]
+        elif unlabelled < len(as_came):
+            first = shown(names[int(np.argmax(as_came < 0))])
+            self.said.append(
+                f"data: {unlabelled:,} of {len(as_came):,} lines of {path} have no label: the"
+                f" labels of the others are not used (the first without one: {first})"
+            )
         return Entries(
-            names=Names(np.frombuffer(self.text, np.uint8), np.array(self.ends, np.int64)),
+            names=names,
             kinds=np.frombuffer(self.kinds, np.uint8),
             digests=np.frombuffer(self.digests, np.uint64),
             labels=labels,
@@ -135,7 +140,51 @@ class _Found:
             height=np.concatenate(self.height) if self.height else None,
             width=np.concatenate(self.width) if self.width else None,
             unlabelled=unlabelled,
+            said=tuple(self.said),
         )
+
+    def _classes(self) -> tuple[list[bytes], np.ndarray]:
+        """Sorted, and the place of each label as it came.
+
+        Where all are numbers, those of one value are one class, by its shortest label.
+        """
+        place = np.empty(len(self.number_of), np.int64)
+        if not all(_NUMBER.fullmatch(each) for each in self.number_of):
+            classes = sorted(self.number_of)
+            for number, each in enumerate(classes):
+                place[self.number_of[each]] = number
+            return classes, place
+        of_value: dict[int, bytes] = {}
+        for each in sorted(self.number_of, key=lambda each: (len(each), each)):
+            same = of_value.setdefault(int(each), each)
+            if same != each:
+                self.said.append(
+                    f"data: the labels {os.fsdecode(same)} and {os.fsdecode(each)} are the same"
+                    " number, and one class"
+                )
+        number_of = {value: number for number, value in enumerate(sorted(of_value))}
+        for each, came in self.number_of.items():
+            place[came] = number_of[int(each)]
+        return [of_value[value] for value in number_of], place
+
+
+def _kind(name: bytes) -> int:
+    if name.startswith(b"/"):
+        return ABSOLUTE
+    if URL_START.match(name):
+        is_object = not name.startswith(b"s3://") or (_OBJECT.fullmatch(name) and _is_text(name))
+        return URL if is_object else URL_NO_OBJECT
+    return RELATIVE if _KEY.fullmatch(name) and _is_text(name) else RELATIVE_NO_KEY
+
+
+def _is_text(name: bytes) -> bool:
+    if name.isascii():
+        return True
+    try:
+        name.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _read_text(path: str, found: _Found) -> None:
@@ -147,6 +196,11 @@ def _read_text(path: str, found: _Found) -> None:
             if not line.strip():
                 continue
             name, _, label = line.partition(b"\t")
+            if b"\t" in label:
+                raise ValueError(
+                    f"data.root: {path}, line {number:,}: {line.count(9) + 1} fields, and a line is"
+                    " a path, or a path, a tab and a label"
+                )
             found.add(_checked(name, path, f"line {number:,}"), label)
 
 
@@ -180,11 +234,12 @@ def _read_parquet(
         with parquet.ParquetFile(path) as file:
             schema = file.schema_arrow
             at, label_at = _columns(path, schema.names, path_column, label_column)
-            _check_types(path, arrow, schema, at, label_at)
+            if not _are_types(path, arrow, schema, at, label_at, label_column, found):
+                label_at = None
             sizes = [
                 name
                 for name in ("height", "width")
-                if name in schema.names and arrow.types.is_integer(schema.field(name).type)
+                if schema.names.count(name) == 1 and arrow.types.is_integer(schema.field(name).type)
             ]
             named = [schema.names[k] for k in (at, label_at) if k is not None]
             read = list(dict.fromkeys(named + (sizes if len(sizes) == 2 else [])))
@@ -224,7 +279,17 @@ def pyarrow(root: str, part: str = "") -> ModuleType:
         ) from None
 
 
-def _check_types(path: str, arrow: ModuleType, schema: Any, at: int, label_at: int | None) -> None:
+def _are_types(
+    path: str,
+    arrow: ModuleType,
+    schema: Any,
+    at: int,
+    label_at: int | None,
+    asked: str | None,
+    found: _Found,
+) -> bool:
+    """Whether the column of labels can be one; raises where it was asked for, or that of paths."""
+
     def is_text(kind: Any) -> bool:
         kind = kind.value_type if arrow.types.is_dictionary(kind) else kind
         kinds = (arrow.string(), arrow.large_string(), arrow.binary(), arrow.large_binary())
@@ -238,11 +303,17 @@ def _check_types(path: str, arrow: ModuleType, schema: Any, at: int, label_at: i
         )
     if label_at is not None:
         field = schema.field(label_at)
-        if not (is_text(field.type) or arrow.types.is_integer(field.type)):
-            raise ValueError(
-                f"data.root: {path}: column {field.name} is of {field.type}, and labels are text or"
-                " whole numbers: give data.label_column"
-            )
+        kind = arrow.types
+        if is_text(field.type) or kind.is_integer(field.type) or kind.is_boolean(field.type):
+            return True
+        what = f"column {field.name} is of {field.type}, and labels are text or whole numbers"
+        if asked is not None:
+            raise ValueError(f"data.root: {path}: {what}: give another data.label_column")
+        found.said.append(
+            f"data: {path}: {what}: it is not used, and data.label_column names another"
+        )
+        return False
+    return True
 
 
 def _add_batch(
@@ -254,6 +325,8 @@ def _add_batch(
         labels = iter([None] * len(names))
     else:
         kind = batch.column(named[1])
+        if arrow.types.is_boolean(kind.type):
+            kind = kind.cast(arrow.int8())
         text = kind.cast(arrow.string()) if arrow.types.is_integer(kind.type) else kind
         labels = iter(text.cast(arrow.large_binary()).to_pylist())
     # A batch at a time as Python's bytes: 64 Ki of them.
@@ -276,7 +349,8 @@ def _columns(
         asked = repr(path_column) if path_column else f"of paths ({', '.join(PATHS)})"
         raise ValueError(
             f"data.root: {path} has no column {asked} (its first line, or schema, names:"
-            f" {', '.join(names[:20]) or 'nothing'}): give data.path_column"
+            f" {', '.join(names[:20]) or 'nothing'}): give data.path_column, or the line that names"
+            " the columns, such as path,label"
         )
     label_at = _place(names, label_column, LABELS)
     if label_at is None and label_column is not None:
@@ -284,12 +358,19 @@ def _columns(
             f"data.root: {path} has no column {label_column!r} (it has: {', '.join(names[:20])}):"
             " give data.label_column"
         )
+    for place in (at, label_at):
+        if place is not None and names.count(names[place]) > 1:
+            raise ValueError(
+                f"data.root: {path} has several columns called {names[place]!r}: rename all but one"
+            )
     return at, label_at
 
 
 def _place(names: list[str], asked: str | None, usual: tuple[str, ...]) -> int | None:
-    wanted = usual if asked is None else (asked,)
-    return next((names.index(name) for name in wanted if name in names), None)
+    if asked is not None:
+        return names.index(asked) if asked in names else None
+    lower = [name.strip().lower() for name in names]
+    return next((lower.index(name) for name in usual if name in lower), None)
 
 
 def _refuse_columns(path: str, path_column: str | None, label_column: str | None) -> None:

@@ -6,6 +6,7 @@ knows it by. Files that cannot be decoded keep their rows and are left out of `S
 
 import hashlib
 import os
+import re
 import stat
 from bisect import bisect_left
 from collections.abc import Callable
@@ -113,7 +114,9 @@ def list_samples(options: Options, *, cache: Path | None, say: Callable[[str], N
     """
     root = os.path.abspath(os.path.expanduser(options.root))
     _check_root(root)
-    left_out = {} if options.quarantine is None else quarantine.read(options.quarantine)
+    left_out = (
+        {} if options.quarantine is None else quarantine.read(options.quarantine, options.root)
+    )
     real = np.frombuffer(os.fsencode(os.path.realpath(root)), np.uint8)
     path = None if cache is None else cache / "listings" / f"{_hash(real)}.db"
     files = listing.read(root, path, check=options.listing == "check", say=say)
@@ -188,6 +191,11 @@ def _check_root(root: str) -> None:
                 f"data.root: {root} is a tar store: read it with data.use=pipelines.readers.tar"
             )
     except FileNotFoundError:
+        if url := re.search(r"/(s3|gs|az|https?):/[^/]", root):
+            raise ValueError(
+                f"data.root: {url[1]}:// is no folder: an object store (s3://) is read with"
+                " data.use=pipelines.readers.tar or pipelines.readers.list"
+            ) from None
         parent = os.path.dirname(root)
         while not os.path.exists(parent):
             parent = os.path.dirname(parent)

@@ -17,7 +17,16 @@ import numpy as np
 from nvidia.dali.data_node import DataNode
 
 from pipelines.images import Decoding, Image
-from pipelines.readers import arrow_files, contents, headers, kept, quarantine, subset
+from pipelines.readers import (
+    arrow_files,
+    contents,
+    headers,
+    kept,
+    object_store,
+    quarantine,
+    seen,
+    subset,
+)
 from pipelines.readers.arrow_files import Dataset
 from pipelines.readers.names import few
 from pipelines.readers.scan import Clock, in_blocks, refuse_other_kinds
@@ -43,6 +52,9 @@ class Options:
     def __post_init__(self):
         if not self.root:
             raise ValueError("root must name the folder of a dataset")
+        object_store.refuse_others("root", self.root)
+        if object_store.is_url(self.root):
+            raise ValueError(f"root ({self.root}): copy the dataset to this machine")
         if self.bad not in ("skip", "error"):
             raise ValueError(f"bad ({self.bad!r}) must be 'skip' or 'error'")
         if self.max_pixels < 1:
@@ -104,7 +116,9 @@ def list_samples(options: Options, *, cache: Path | None, say: Callable[[str], N
         ValueError: there is no such dataset, it can't be read, has no such column, none of its
             images can be used, or, with `bad: error`, any can't; or a subset can't be taken.
     """
-    listed = None if options.quarantine is None else quarantine.read(options.quarantine)
+    listed = (
+        None if options.quarantine is None else quarantine.read(options.quarantine, options.root)
+    )
     root = os.path.abspath(os.path.expanduser(options.root))
     dataset = arrow_files.opened(root, options.image_column, options.label_column, say)
     height, width, bad = _checked(root, dataset, options, cache, say)
@@ -199,11 +213,14 @@ def _checked(
     key = hashlib.blake2b(f"{os.path.realpath(root)} {dataset.column}".encode(), digest_size=16)
     path = None if cache is None else cache / "hf" / f"{key.hexdigest()}.arrays"
     old = None if path is None else kept.load(path, say)
-    if old is not None and old[1] == dataset.seal:
-        height, width = old[0]["height"], old[0]["width"]
+    note = {"seal": dataset.seal, "reasons": [], "made_by": seen.reasons_made_by()}
+    if old is not None and isinstance(old[1], dict) and old[1] | {"reasons": []} == note:
+        height, width, reason = (old[0][key] for key in ("height", "width", "reason"))
+        note = old[1]
     else:
-        height, width = (np.zeros(len(dataset), np.int32) for _ in range(2))
-    new = np.flatnonzero(height == 0)
+        height, width, reason = (np.zeros(len(dataset), np.int32) for _ in range(3))
+    bad = {row: note["reasons"][reason[row] - 1] for row in np.flatnonzero(reason).tolist()}
+    new = np.flatnonzero((height == 0) & (reason == 0))
 
     def read(block: list[int]) -> dict[int, str]:
         wrong: dict[int, str] = {}
@@ -221,14 +238,17 @@ def _checked(
         return wrong
 
     try:
-        bad = in_blocks(new, read, Clock(say), "scanned {} of {} headers")
+        wrong = in_blocks(new, read, Clock(say), "scanned {} of {} headers")
+        bad |= wrong
+        seen.number_reasons(wrong, reason, note["reasons"])
     finally:  # an interrupted scan goes on from here
         in_files = dataset.only_paths(new)  # which may change while the dataset does not
-        if path is not None and len(new) > len(in_files) and height[new].any():
-            sizes = {"height": height.copy(), "width": width.copy()}
-            for each in sizes.values():
+        is_news = height[new].any() or reason[new].any()
+        if path is not None and len(new) > len(in_files) and is_news:
+            found = {"height": height.copy(), "width": width.copy(), "reason": reason.copy()}
+            for each in found.values():
                 each[in_files] = 0
-            kept.save(path, sizes, dataset.seal, say)
+            kept.save(path, found, note, say)
     for begin in range(0, len(dataset), 1 << 20):  # as int64 at once they would take memory
         part = slice(begin, begin + (1 << 20))
         many = height[part].astype(np.int64) * width[part] > options.max_pixels

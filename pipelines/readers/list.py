@@ -2,8 +2,8 @@
 
 A row is an entry of the list, in its order: the index that the rest of the library knows it by. A
 path is absolute, or relative to the list's own folder or to `data.base`. Headers of files on this
-machine are checked as the folder reader checks them; what lies in an object store is taken as it
-is, and looked at when it is decoded. `pipelines.readers.entries` says how a list is written.
+machine are checked as the folder reader checks them; those of what lies in an object store when it
+is fetched. `pipelines.readers.entries` says how a list is written.
 """
 
 import hashlib
@@ -21,6 +21,8 @@ from pipelines.images import Decoding, Image
 from pipelines.readers import contents, entries, object_store, quarantine, seen, subset
 from pipelines.readers.entries import Entries
 from pipelines.readers.names import Names, few, shown
+
+_SCHEME = object_store.SCHEME.encode()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,8 @@ class Options:
     def __post_init__(self):
         if not self.root:
             raise ValueError("root must name a list of images")
+        object_store.refuse_others("root", self.root)
+        object_store.refuse_others("base", self.base or "")
         if self.base == "":
             raise ValueError("base ('') must name a folder, or be null for the list's own")
         if self.listing not in ("check", "trust"):
@@ -86,6 +90,8 @@ class Samples:
     names: Names  # the entries, as the list has them; mapped where there is a cache
     is_remote: np.ndarray | None  # bool [rows], which are in an object store; None: not one
     access: object_store.Access
+    max_pixels: int  # of an image in an object store, which is looked at when it comes
+    told: dict[int, str]  # rows whose object is missing or bad, as they were met
     classes: tuple[str, ...]
     labels: np.ndarray | None  # int64 [rows]
     height: np.ndarray  # int32 [rows], pixels; 0 where unknown: bad, or in an object store
@@ -103,7 +109,11 @@ class Samples:
     def place(self, row: int) -> bytes:
         """Its absolute path, or its url."""
         name = self.names[row]
-        return name if name.startswith(b"/") or b"://" in name else self.base + name
+        if name.startswith(b"/") or entries.URL_START.match(name):
+            return name
+        if self.base.startswith(_SCHEME):  # to an object store "./x" is another name than "x"
+            name = entries.HERE.sub(b"", name)
+        return self.base + name
 
     def path(self, row: int) -> str:
         return os.fsdecode(self.place(row))
@@ -123,7 +133,9 @@ def list_samples(options: Options, *, cache: Path | None, say: Callable[[str], N
         ValueError: there is no such list, it can't be read, none of its images can be used, or,
             with `bad: error`, any can't; or a subset can't be taken.
     """
-    listed = None if options.quarantine is None else quarantine.read(options.quarantine)
+    listed = (
+        None if options.quarantine is None else quarantine.read(options.quarantine, options.root)
+    )
     is_url = object_store.is_url(options.root)
     root = options.root if is_url else os.path.abspath(os.path.expanduser(options.root))
     _check_root(root)
@@ -169,7 +181,15 @@ def source(
     """
     if samples.is_remote is None:
         return contents.files(samples.place, rows, decoding)
-    return contents.objects(samples.place, samples.is_remote, samples.access, rows, decoding)
+    return contents.objects(
+        samples.place,
+        samples.is_remote,
+        samples.access,
+        samples.max_pixels,
+        samples.told,
+        rows,
+        decoding,
+    )
 
 
 def _check_root(root: str) -> None:
@@ -205,12 +225,12 @@ def _base(root: str, base: str | None) -> bytes:
 
 def _is_remote(found: Entries, base: bytes) -> np.ndarray:
     """Which entries are in an object store: bool [entries]."""
-    names, scheme = found.names, object_store.SCHEME.encode()
+    names = found.names
     is_remote = found.kinds == entries.URL
     last = max(0, len(names.text) - 1)
-    for place, byte in enumerate(scheme):
+    for place, byte in enumerate(_SCHEME):
         is_remote &= names.text[np.minimum(names.ends[:-1] + place, last)] == byte
-    if base.startswith(scheme):
+    if base.startswith(_SCHEME):
         is_remote |= found.kinds == entries.RELATIVE
     return is_remote
 
@@ -292,6 +312,8 @@ def _samples(
         names=names,
         is_remote=is_remote if is_remote.any() else None,
         access=options.access(),
+        max_pixels=options.max_pixels,
+        told={},
         classes=classes,
         labels=labels,
         height=height,

@@ -118,9 +118,10 @@ def fetch_apart(
 
 
 def _head(url: str, tries: "Tries") -> Any:
+    store, key = _place(url, tries.access)
     while True:
         try:
-            return _library().head(*_place(url, tries.access))
+            return _library().head(store, key)
         except Exception as error:
             tries.failed(error)
 
@@ -218,6 +219,8 @@ class Tries:
         ended = problem.tries is not None and self._count >= problem.tries
         if ended or self._count > self.access.retries + earned or self._stop.is_set():
             kind = Missing if isinstance(error, FileNotFoundError) else Unreachable
+            if _NO_BUCKET in str(error):  # then no object can be had: no fault of this one
+                kind = Unreachable
             raise kind(self._line(problem)) from None
         if self.got > self._got:
             self._pauses, self._got = 0, self.got
@@ -254,6 +257,8 @@ def _problem(error: Exception, access: Access) -> _Problem:
         return _Problem(f"the store answered with {first}", "is something between us and it?")
     if "169.254.169.254" in text or "redential" in first:  # of AWS's machines, their role's
         return _Problem("there are no credentials to ask with", _seen(), 3)
+    if _NO_BUCKET in text:
+        return _Problem(f"there is no such bucket ({answer or 404})", "check the url", 1)
     if isinstance(error, FileNotFoundError):
         return _Problem(f"there is no such object ({answer or 404})", "check the url", 1)
     refused = status is not None and int(status[1]) in (401, 403)
@@ -287,9 +292,13 @@ def _problem(error: Exception, access: Access) -> _Problem:
     if "Parse(" in text:
         remedy = "is AWS_ENDPOINT_URL that of an object store? with http:// or https:// before it?"
         return _Problem(f"{_endpoint()} does not answer in HTTP", remedy)
+    if isinstance(error, UnicodeEncodeError) or "Could not parse path" in text:
+        remedy = f"name an object as {SCHEME}bucket/key, without empty parts, '.' or '..'"
+        return _Problem("this names no object", remedy, 1)
     return _Problem(f"the store can't be understood ({first[:200]})", patience)
 
 
+_NO_BUCKET = "NoSuchBucket"
 _CREDENTIALS = ("ExpiredToken", "InvalidToken", "InvalidAccessKeyId", "SignatureDoesNotMatch")
 _VARIABLES = (
     *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE"),

@@ -23,6 +23,7 @@ from pipelines.readers import object_requests
 from pipelines.readers.object_requests import (
     SCHEME,
     Access,
+    Missing,
     Stop,
     Tries,
     Unreachable,
@@ -42,6 +43,19 @@ def is_url(text: str) -> bool:
     return text.startswith(SCHEME)
 
 
+def refuse_others(key: str, text: str) -> None:
+    """Refuses a url that is none of an object store's: as a path it would name no file.
+
+    Raises:
+        ValueError: names `key`, an option, which has it.
+    """
+    if re.match("[A-Za-z][A-Za-z0-9+.-]*://", text) and not is_url(text):
+        raise ValueError(
+            f"{key} ({text}): of urls only {SCHEME}bucket/prefix is read, in small letters; a file"
+            " or folder of this machine is given by its path alone"
+        )
+
+
 def join(url: str, name: str) -> str:
     """What lies under `url` by the name `name`."""
     return f"{url.rstrip('/')}/{name}"
@@ -51,7 +65,7 @@ def read(url: str, access: Access = DEFAULT) -> bytes:
     """A whole object.
 
     Raises:
-        Unreachable: after all tries.
+        Unreachable: after all tries; Missing: there is no such object.
         ValueError: the url names no object, or the library is missing.
     """
     return fetch(url, 0, None, Tries(url, access, Stop())).tobytes()
@@ -116,6 +130,7 @@ class Ahead:
         *,
         group: Callable[[np.ndarray], np.ndarray] | None = None,
         check: Callable[[int, np.ndarray], str | None] | None = None,
+        accept: Callable[[int, np.ndarray | None], np.ndarray] | None = None,
         limit: int = 256 << 20,
         look: int = 0,
         access: Access = DEFAULT,
@@ -129,12 +144,15 @@ class Ahead:
             group: which rows come together: a number each, int64 [n]. None: each alone.
             check: what is wrong with the content of a row, uint8 [bytes], if anything is: it is
                 then asked for again. Called by several threads.
+            accept: what to give for the content of a row, or for None where there is no such
+                object. None: what came, and a missing object raises. Called by several threads.
             limit: bytes held or under way.
             look: rows that are planned ahead of those that are asked for: as many as may lie
                 between the first and the last of a group, else groups are fetched twice.
             access: how they are asked for.
         """
-        self._wanted, self._parts, self._group, self._check = wanted, parts, group, check
+        self._wanted, self._parts, self._group = wanted, parts, group
+        self._check, self._accept = check, accept
         self._limit, self._look, self._access = limit, look, access
         self._mean = float(UNKNOWN)  # bytes of an object
         self._seen = 0  # objects that went into it
@@ -252,7 +270,9 @@ class Ahead:
 
     def _ask(self, part: Part) -> None:
         assert self._executor is not None
-        future = self._executor.submit(_content, part, self._check, self._access, self._stop)
+        future = self._executor.submit(
+            _content, part, self._check, self._accept, self._access, self._stop
+        )
         if part.sizes is None:
             (row,), sizes = part.rows, self._sizes
             future.add_done_callback(lambda done: _note(done, row, sizes))
@@ -303,6 +323,25 @@ def _end(executor: ThreadPoolExecutor, stop: Stop) -> None:
 
 
 def _content(
+    part: Part,
+    check: Callable[[int, np.ndarray], str | None] | None,
+    accept: Callable[[int, np.ndarray | None], np.ndarray] | None,
+    access: Access,
+    stop: Stop,
+) -> dict[int, np.ndarray]:
+    """What to give for a part's rows."""
+    try:
+        found = _checked(part, check, access, stop)
+    except Missing:
+        if accept is None:
+            raise
+        return {row: accept(row, None) for row in part.rows}
+    if accept is None:
+        return found
+    return {row: accept(row, content) for row, content in found.items()}
+
+
+def _checked(
     part: Part, check: Callable[[int, np.ndarray], str | None] | None, access: Access, stop: Stop
 ) -> dict[int, np.ndarray]:
     """The bytes of a part's rows."""

@@ -14,15 +14,22 @@ from pathlib import Path
 REASON = "quarantined: {}"  # what stands in Samples.bad
 
 
-def read(path: str | Path) -> dict[str, str]:
+def read(path: str | Path, root: str = "") -> dict[str, str]:
     """The names in a quarantine file, each with its reason; the first line of a name counts.
+
+    Args:
+        path: the file, or the folder that `fastssl.data check` wrote it in.
+        root: of the images; its name, train or val, tells which file in a folder it is.
 
     Raises:
         ValueError: there is no such file, or a line of it is none of a quarantine file's.
     """
     listed: dict[str, str] = {}
+    path = os.path.expanduser(path)
+    if os.path.isdir(path):
+        path = _file_in(path, root)
     try:
-        with open(os.path.expanduser(path), "rb") as file:
+        with open(path, "rb") as file:
             for number, content in enumerate(file, 1):
                 if content.strip():
                     name, reason = _entry(content, f"data.quarantine: {path}, line {number:,}")
@@ -79,6 +86,18 @@ def rows(
 def line(name: bytes, reason: str) -> str:
     """An image's line in a quarantine file, with its newline."""
     return json.dumps({"name": os.fsdecode(name), "reason": reason}) + "\n"
+
+
+def _file_in(folder: str, root: str) -> str:
+    split = os.path.basename(os.path.abspath(root)).partition(".")[0]  # train, of train.csv too
+    names = (f"quarantine-{split}.jsonl", "quarantine.jsonl")
+    for name in names:
+        if os.path.isfile(os.path.join(folder, name)):
+            return os.path.join(folder, name)
+    raise ValueError(
+        f"data.quarantine: {folder} holds neither {names[0]} nor {names[1]}: give the DIR of"
+        " python -m fastssl.data check, or a file"
+    )
 
 
 def _entry(content: bytes, where: str) -> tuple[str, str]:

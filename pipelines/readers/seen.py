@@ -4,6 +4,7 @@ Size, time and dimensions of every file are kept with the list as it was read. A
 written again is read again, and what is known of its entries stays known, by their names.
 """
 
+import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,12 +28,18 @@ class Known:
     width: np.ndarray
     sizes: np.ndarray  # int64 [entries], bytes
     times: np.ndarray  # int64 [entries], of the last modification, ns
+    reason: np.ndarray  # int32 [entries], why it is bad: place in the note's reasons, from 1
     note: dict[str, Any]  # about the list
     is_kept: bool  # the cache has just this
     clock: Clock
 
 
-_SEEN = {"height": np.int32, "width": np.int32, "sizes": np.int64, "times": np.int64}
+LAYOUT = 2  # of what is kept: every other is made anew
+_REASONS = 10_000  # that are kept: most bad files share one
+_SEEN = {
+    **{"height": np.int32, "width": np.int32},
+    **{"sizes": np.int64, "times": np.int64, "reason": np.int32},
+}
 
 
 def known(
@@ -51,12 +58,19 @@ def known(
     status = os.stat(root)
     seal = [status.st_size, status.st_mtime_ns, status.st_ino]
     old = None if path is None else kept.load(path, say)
+    if old is not None and old[1].get("layout") != LAYOUT:
+        old = None
+    made_by = reasons_made_by()
+    if old is not None and old[1]["reasons_made_by"] != made_by:
+        old[0]["reason"][:] = 0
+        old[1].update(reasons=[], reasons_made_by=made_by)
     if old is not None and old[1]["seal"] == seal:
         for line in old[1]["said"]:
             say(line)
         return _from_kept(*old, clock)
     found = entries.read(root, path_column=path_column, label_column=label_column, clock=clock)
-    said = [line for line in (_unlabelled(found, root), entries.repeated(found, root)) if line]
+    again = entries.repeated(found, root)
+    said = [*found.said, *([again] if again else [])]
     for line in said:
         say(line)
     columns = {key: np.zeros(len(found), kind) for key, kind in _SEEN.items()}
@@ -64,7 +78,11 @@ def known(
         here, there = _in_both(found.digests, old[0]["digests"])
         for key, column in columns.items():
             column[here] = old[0][key][there]
-    note = {"seal": seal, "said": said, "classes": found.classes, "unlabelled": found.unlabelled}
+    note = {
+        **{"layout": LAYOUT, "seal": seal, "said": said},
+        **{"classes": found.classes, "unlabelled": found.unlabelled},
+        **{"reasons": [] if old is None else old[1]["reasons"], "reasons_made_by": made_by},
+    }
     return Known(found, **columns, note=note, is_kept=False, clock=clock)
 
 
@@ -88,14 +106,24 @@ def checked(
         known.height[is_remote], known.width[is_remote] = height[is_remote], width[is_remote]
     is_url = known.entries.kinds == entries.URL
     elsewhere = np.flatnonzero(is_url & ~is_remote)
-    bad = dict.fromkeys(elsewhere.tolist(), "only files and s3:// urls are read")
-    to_see = ~is_url & ~is_remote
+    bad = dict.fromkeys(elsewhere.tolist(), "only paths, without file://, and s3:// urls are read")
+    is_no_object = known.entries.kinds == entries.URL_NO_OBJECT
+    if b"://" in base:
+        is_no_object |= known.entries.kinds == entries.RELATIVE_NO_KEY
+    why = "names no object: s3://bucket/key is wanted, without empty parts, '.' or '..' in the key"
+    bad |= dict.fromkeys(np.flatnonzero(is_no_object).tolist(), why)
+    to_see = ~is_url & ~is_remote & ~is_no_object
     if trust:
         to_see &= known.height == 0
     rows = np.flatnonzero(to_see)
     folder = b"/" if b"://" in base else base
     new = _changed(known, folder, rows)
-    known.height[new] = known.width[new] = 0
+    known.height[new] = known.width[new] = known.reason[new] = 0
+    still = np.flatnonzero(known.reason)
+    bad |= {
+        row: known.note["reasons"][number - 1]
+        for row, number in zip(still.tolist(), known.reason[still].tolist(), strict=True)
+    }
     names = known.entries.names
 
     def read(block: list[int]) -> dict[int, str]:
@@ -110,9 +138,17 @@ def checked(
         return wrong
 
     try:
-        bad |= in_blocks(new, read, known.clock, "scanned {} of {} headers")
+        wrong = in_blocks(new, read, known.clock, "scanned {} of {} headers")
+        bad |= wrong
+        # A file that is there and can't be read: who allows it changes neither size nor time.
+        lasting = {
+            row: text
+            for row, text in wrong.items()
+            if not text.startswith("cannot be read") or known.times[row] == 0
+        }
+        number_reasons(lasting, known.reason, known.note["reasons"])
     finally:  # an interrupted scan goes on from here
-        is_news = not known.is_kept or known.height[new].any()
+        is_news = not known.is_kept or known.height[new].any() or known.reason[new].any()
         if path is not None and is_news:
             kept.save(path, _to_keep(known), known.note, known.clock.say)
     if path is not None and is_news:
@@ -128,7 +164,7 @@ def _changed(known: Known, folder: bytes, rows: np.ndarray) -> np.ndarray:
     done = 0
     for block, sizes, times, _ in file_status.each_block(folder, known.entries.names, rows):
         is_same = (known.sizes[block] == sizes) & (known.times[block] == times)
-        is_same &= known.height[block] > 0
+        is_same &= (known.height[block] > 0) | (known.reason[block] > 0)
         others = block[~is_same]
         # Only what is new: a page that is written to is this process's own from then on.
         known.sizes[others], known.times[others] = sizes[~is_same], times[~is_same]
@@ -150,6 +186,7 @@ def _to_keep(known: Known) -> dict[str, np.ndarray]:
         "width": known.width,
         "sizes": known.sizes,
         "times": known.times,
+        "reason": known.reason,
     }
     return arrays if found.labels is None else arrays | {"labels": found.labels}
 
@@ -178,10 +215,19 @@ def _in_both(digests: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.nd
     return here, there[here]
 
 
-def _unlabelled(found: Entries, root: str) -> str | None:
-    if not 0 < found.unlabelled < len(found):
-        return None
-    return (
-        f"data: {found.unlabelled:,} of {len(found):,} lines of {root} have no label: the labels"
-        " of the others are not used"
-    )
+def reasons_made_by() -> str:
+    """What tells reasons of these headers' reader from those of another version of it."""
+    return hashlib.blake2b(Path(headers.__file__).read_bytes(), digest_size=8).hexdigest()
+
+
+def number_reasons(wrong: dict[int, str], reason: np.ndarray, table: list[str]) -> None:
+    """Writes down why rows are bad: in `reason` the place in `table`, counted from 1.
+
+    Not all: some depend on more than the file, and beyond so many there is no end.
+    """
+    number_of = {text: number for number, text in enumerate(table, 1)}
+    for row, text in wrong.items():
+        if text not in number_of and len(table) < _REASONS:
+            table.append(text)
+            number_of[text] = len(table)
+        reason[row] = number_of.get(text, 0)

@@ -65,6 +65,7 @@ class Options:
     def __post_init__(self):
         if not self.root:
             raise ValueError("root must name the folder of a tar store, or s3://bucket/prefix")
+        object_store.refuse_others("root", self.root)
         if self.bad not in ("skip", "error"):
             raise ValueError(f"bad ({self.bad!r}) must be 'skip' or 'error'")
         if self.limit is not None and self.limit < 1:
@@ -164,13 +165,20 @@ def list_samples(options: Options, *, cache: Path | None, say: Callable[[str], N
         ValueError: this is no store, or one of another version, or a file of it is missing, cut off
             or damaged; names the file and the remedy. Or there is no such subset.
     """
-    listed = None if options.quarantine is None else quarantine.read(options.quarantine)
+    listed = (
+        None if options.quarantine is None else quarantine.read(options.quarantine, options.root)
+    )
     if object_store.is_url(options.root):
         root = options.root.rstrip("/")
         manifest, columns = tar_remote.open_store(root, cache, options.access())
         maps = ()
     else:
         root = os.path.abspath(os.path.expanduser(options.root))
+        below = os.path.join(root, "train")
+        if not os.path.exists(os.path.join(root, tar_store.MANIFEST)) and os.path.exists(
+            os.path.join(below, tar_store.MANIFEST)
+        ):
+            raise ValueError(f"data.root: {root} holds stores: give one, data.root={below}")
         manifest = tar_store.read_manifest(root)
         columns = tar_store.read_columns(os.path.join(root, tar_store.INDEX), manifest)
         maps = tar_local.open_shards(root, manifest)
