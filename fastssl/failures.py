@@ -30,7 +30,8 @@ def is_of_others(error: BaseException) -> bool:
 
 def told(error: BaseException) -> str | None:
     """A line for the user; None where a traceback is due."""
-    reason = (" ".join(str(error).split()) or type(error).__name__)[:300]
+    lines = str(error).splitlines()  # C++ frames follow the first
+    reason = (lines[0] if lines else type(error).__name__)[:300]
     if isinstance(error, checkpoint.CheckpointError):
         return str(error)
     if isinstance(error, OSError):

@@ -267,7 +267,7 @@ class _Rows:
             found.append(self._tar(str(error)))
         names = {(each.offset, each.size): each.name for each in self.listed}
         for row in self._rows():
-            place = tuple(int(self._columns[key][row]) for key in ("offset", "size"))
+            place = int(self._columns["offset"][row]), int(self._columns["size"][row])
             name = names.get(place)
             if name is None:
                 found.append(self._of(row, f"no member of the tar is at byte {place[0]:,}"))

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def encoded(
     return file.getvalue()
 
 
-def write(root: Path, contents: dict[str | bytes, bytes]) -> Path:
+def write(root: Path, contents: Mapping[Any, bytes]) -> Path:
     for name, content in contents.items():
         path = os.path.join(os.fsencode(root), os.fsencode(name))
         os.makedirs(os.path.dirname(path), exist_ok=True)

@@ -89,7 +89,8 @@ def test_a_failure_of_one_process_among_others_is_told_by_it(
 ):
     def train_and_fail(recipe, until_the_end) -> int:
         if together:
-            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+            store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+            dist.init_process_group("gloo", store=store, rank=0, world_size=1)
             until_the_end.callback(dist.destroy_process_group)
         raise error
 

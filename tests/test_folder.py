@@ -32,7 +32,9 @@ def write(root: Path, *names: str | bytes, content: bytes | None = None) -> None
         Path(os.fsdecode(path)).write_bytes(jpeg() if content is None else content)
 
 
-def listed(root: Path, cache: Path | None = None, **options) -> tuple[folder.Samples, list[str]]:
+def listed(
+    root: Path | str, cache: Path | None = None, **options
+) -> tuple[folder.Samples, list[str]]:
     """The listing of a folder, and the lines that were said."""
     lines: list[str] = []
     given = folder.Options(root=str(root), **options)
@@ -43,7 +45,7 @@ def names(samples: folder.Samples) -> list[str]:
     return [os.path.relpath(samples.path(row), samples.root) for row in range(len(samples))]
 
 
-def error(root: Path, **options) -> str:
+def error(root: Path | str, **options) -> str:
     with pytest.raises(ValueError, match=r"^data\.root: ") as caught:
         listed(root, **options)
     return str(caught.value).removeprefix("data.root: ")

@@ -274,6 +274,7 @@ def test_no_mutation_of_manifest_or_index_leads_to_anything_but_a_named_error(
         whole = indexed(tmp_path / "whole")
     rng = np.random.default_rng(0)
     outcomes = set()
+    lines: list[str] = []
     for number in range(100):
         store = shutil.copytree(whole, tmp_path / f"store{number}")
         if number % 2:
@@ -286,7 +287,7 @@ def test_no_mutation_of_manifest_or_index_leads_to_anything_but_a_named_error(
         found = list(store_verify.damages(store, tar_store, workers=1, say=pytest.fail))
         assert all(str(each).isprintable() for each in found)
         try:
-            tar.list_samples(tar.Options(root=str(store)), cache=None, say=str)
+            tar.list_samples(tar.Options(root=str(store)), cache=None, say=lines.append)
             outcomes.add("read")
         except ValueError as error:
             told = str(error)
