@@ -66,7 +66,7 @@ def check_recipe(asked: dict[str, Any]) -> Iterator[Line]:
 
 def _run_folder(recipe: Recipe) -> Iterator[Line]:
     """Room for checkpoints, and the right to write them."""
-    folder = Path(recipe.train.out or Path("runs") / recipe.name).absolute()
+    folder = Path(recipe.train.out or Path("runs") / recipe.name).expanduser().absolute()
     place = next(each for each in (folder, *folder.parents) if each.exists())
     found = os.statvfs(place)
     free = found.f_bavail * found.f_frsize / 2**30

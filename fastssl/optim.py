@@ -14,7 +14,8 @@ from torch import nn
 
 from fastssl import depths
 
-MOST = 1e6  # of a rate, a decay and their factors: any product of them is a float32
+# No float32 holds more once they are multiplied; nobody means such numbers.
+MOST_LR, MOST = 1e30, 1e6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +46,9 @@ class Options:
     def __post_init__(self):
         if self.lr <= 0:
             raise ValueError(f"lr ({self.lr}) must be above 0")
-        for name in ("lr", "weight_decay", "head_weight_decay", "head_lr", "trust_coefficient"):
+        if self.lr > MOST_LR:
+            raise ValueError(f"lr ({self.lr}) must be at most {MOST_LR:g}")
+        for name in ("weight_decay", "head_weight_decay", "head_lr", "trust_coefficient"):
             number = vars(self)[name]
             if number is not None and number > MOST:
                 raise ValueError(f"{name} ({number}) must be at most {MOST:g}")

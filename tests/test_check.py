@@ -533,7 +533,7 @@ def test_what_was_seen_is_not_looked_at_again_and_what_changed_is(tmp_path, caps
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_check_that_is_stopped_goes_on_and_finds_the_same(how, tmp_path, checkout, environ):
-    images = write(tmp_path / "few", {f"{k}.jpg": encoded(size=(400, 300)) for k in range(4)})
+    images = write(tmp_path / "few", {f"{k}.jpg": encoded(size=(1000, 750)) for k in range(4)})
     write(images, {"damaged.jpg": silent_damage(encoded(size=(400, 300)))})
     root = tmp_path / "images"
     for copy in range(250):  # links: the same images under many names

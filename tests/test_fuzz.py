@@ -277,7 +277,7 @@ def nudge(values: dict[str, dict], draw: random.Random) -> str:
             others = [[], old[:1], old * 2, old[::-1], [0] * len(old), [each / 2 for each in old]]
         else:
             others = [*STRANGE]
-        values[section][key] = draw.choice([each for each in others if each != old])
+        values[section][key] = draw.choice([each for each in others if each != old] or [[0]])
         done.append(f"# {section}.{key}: {old!r} -> {str(values[section][key])[:60]!r}")
     return "\n".join(done)
 

@@ -20,8 +20,8 @@ MAY_IMPORT = {
         *("fastssl.lab", "fastssl.memory", "fastssl.patch_network"),
     ),
     "fastssl/backbones": (
-        *("torch", "torchvision", "fastssl.network_keys", "fastssl.pixels", "fastssl.recompute"),
-        "fastssl.trial_pass",
+        *("torch", "torchvision", "safetensors", "fastssl.network_keys", "fastssl.pixels"),
+        *("fastssl.recompute", "fastssl.trial_pass"),
     ),
 }
 ENTRY_POINTS = tuple(

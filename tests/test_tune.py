@@ -315,7 +315,7 @@ def test_the_command_measures_real_loaders_and_writes_block_and_result(
     [
         (["--minutes", "0"], "--minutes (0.0) must be above 0"),
         (["--yaml", "no/such/folder/a.yaml"], "there is no folder"),
-        (["loader.threads=0"], "loader: threads (0) must be at least 1"),
+        (["loader.threads=0"], "loader: threads (0) must be in 1 ... 1024"),
         (["loader.region=false", "--quick"], "the recipe's own settings can't run here: Error: no"),
     ],
 )
