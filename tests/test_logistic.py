@@ -269,7 +269,7 @@ def test_batches_that_cannot_be_made_are_refused():
 def test_a_rate_that_is_too_high_is_told_and_not_a_traceback():
     features, labels = problem()
     with pytest.raises(ValueError, match=r"loss is (nan|inf).*give a lower linear.lr"):
-        train_by_sgd(features * 1e6, labels, replace(SGD, lr=1e30, epochs=3))
+        train_by_sgd(features * 1e6, labels, replace(SGD, lr=1e30, weight_decay=1.0, epochs=3))
 
 
 # Two processes.
