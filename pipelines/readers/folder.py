@@ -16,13 +16,10 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from nvidia.dali import fn
 from nvidia.dali.data_node import DataNode
-from nvidia.dali.fn.io import file
-from nvidia.dali.types import BatchInfo, DALIDataType
 
-from pipelines.images import Decoding, Encoded, Image
-from pipelines.readers import headers, listing, quarantine, scan, subset
+from pipelines.images import Decoding, Image
+from pipelines.readers import contents, headers, listing, quarantine, scan, subset
 from pipelines.readers.listing import Listing
 from pipelines.readers.names import Names, few, shown
 from pipelines.readers.walk import cannot_read
@@ -60,8 +57,6 @@ class Options:
             raise ValueError("quarantine must name a file of fastssl.data check, or be null")
         if self.max_pixels < 1:
             raise ValueError(f"max_pixels ({self.max_pixels}) must be at least 1")
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"limit ({self.limit}) must be at least 1, or null for all")
         subset.check(
             fraction=self.fraction,
             per_class=self.per_class,
@@ -164,22 +159,7 @@ def source(
         index: int64 [1].
     """
     root = os.path.join(os.fsencode(samples.root), b"")
-
-    def batch(info: BatchInfo) -> tuple[list[np.ndarray], np.ndarray]:
-        chosen = rows(info.iteration)
-        paths = [np.frombuffer(root + samples.names[row], np.uint8) for row in chosen]
-        return paths, chosen.reshape(-1, 1)
-
-    path, index = fn.external_source(
-        batch,
-        num_outputs=2,
-        batch=True,
-        batch_info=True,
-        dtype=[DALIDataType.UINT8, DALIDataType.INT64],
-        ndim=[1, 1],
-    )
-    # Not mapped into memory: a mapped file that is cut off meanwhile kills the process (SIGBUS).
-    return Encoded(file.read(path, dont_use_mmap=True), decoding), index
+    return contents.files(lambda row: root + samples.names[row], rows, decoding)
 
 
 def _check_root(root: str) -> None:
@@ -263,11 +243,10 @@ def _samples(
         names.__getitem__,
         fraction=options.fraction,
         per_class=options.per_class,
+        limit=options.limit,
         seed=options.subset_seed,
         root=root,
     )
-    if options.limit is not None and options.limit < len(usable):
-        kept = usable[np.linspace(0, len(usable) - 1, options.limit).astype(np.int64)]
     if kept is not None:
         names, sizes, height, width = names.only(kept), sizes[kept], height[kept], width[kept]
         times = times[kept]

@@ -59,8 +59,6 @@ class Options:
             raise ValueError(f"bad ({self.bad!r}) must be 'skip' or 'error'")
         if self.max_pixels < 1:
             raise ValueError(f"max_pixels ({self.max_pixels}) must be at least 1")
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"limit ({self.limit}) must be at least 1, or null for all")
         subset.check(
             fraction=self.fraction,
             per_class=self.per_class,
@@ -140,11 +138,10 @@ def list_samples(options: Options, *, cache: Path | None, say: Callable[[str], N
         lambda row: b"%d" % row,
         fraction=options.fraction,
         per_class=options.per_class,
+        limit=options.limit,
         seed=options.subset_seed,
         root=root,
     )
-    if options.limit is not None and options.limit < len(usable):
-        stored = usable[np.linspace(0, len(usable) - 1, options.limit).astype(np.int64)]
     if stored is not None:
         height, width = height[stored], width[stored]
         labels = None if labels is None else labels[stored]

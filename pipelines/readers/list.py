@@ -62,8 +62,6 @@ class Options:
             raise ValueError(f"bad ({self.bad!r}) must be 'skip' or 'error'")
         if self.max_pixels < 1:
             raise ValueError(f"max_pixels ({self.max_pixels}) must be at least 1")
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"limit ({self.limit}) must be at least 1, or null for all")
         subset.check(
             fraction=self.fraction,
             per_class=self.per_class,
@@ -296,11 +294,10 @@ def _samples(
         names.__getitem__,
         fraction=options.fraction,
         per_class=options.per_class,
+        limit=options.limit,
         seed=options.subset_seed,
         root=root,
     )
-    if options.limit is not None and options.limit < len(usable):
-        kept = usable[np.linspace(0, len(usable) - 1, options.limit).astype(np.int64)]
     if kept is not None:
         names, is_remote = names.only(kept), is_remote[kept]
         height, width, sizes, times = height[kept], width[kept], sizes[kept], times[kept]

@@ -1,8 +1,8 @@
-"""Few labels: some of the images of every class, the same ones on every machine.
+"""Fewer images: some of every class, or of all; the same ones on every machine.
 
-Which ones is told by hashes of the seed and the images' names: no random generator whose numbers
-may change with a version. A folder and the store packed from it give the same images, and of one
-seed a smaller subset lies within every greater one.
+Which of a class is told by hashes of the seed and the images' names: no random generator whose
+numbers may change with a version. A folder and the store packed from it give the same images, and
+of one seed a smaller subset lies within every greater one.
 """
 
 import hashlib
@@ -19,6 +19,8 @@ def check(
     Raises:
         ValueError: says which.
     """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit ({limit}) must be at least 1, or null for all")
     if fraction is not None and not 0 < fraction <= 1:
         raise ValueError(f"fraction ({fraction}) must be above 0 and at most 1, or null for all")
     if per_class is not None and per_class < 1:
@@ -41,6 +43,7 @@ def choose(
     *,
     fraction: float | None,
     per_class: int | None,
+    limit: int | None = None,
     seed: int,
     root: str,
 ) -> np.ndarray | None:
@@ -53,12 +56,15 @@ def choose(
         name: of a row, from the root, the same on every machine.
         fraction: of each class, rounded, and at least one image.
         per_class: images of each class.
+        limit: so many images, evenly spaced over the usable ones, whatever their classes.
         seed: another seed, other images.
         root: for messages.
 
     Raises:
         ValueError: there are no classes, or one has fewer images than `per_class`.
     """
+    if limit is not None and limit < len(usable):
+        return usable[np.linspace(0, len(usable) - 1, limit).astype(np.int64)]
     if fraction is None and per_class is None:
         return None
     key = "fraction" if per_class is None else "per_class"

@@ -68,8 +68,6 @@ class Options:
         object_store.refuse_others("root", self.root)
         if self.bad not in ("skip", "error"):
             raise ValueError(f"bad ({self.bad!r}) must be 'skip' or 'error'")
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"limit ({self.limit}) must be at least 1, or null for all")
         if self.shuffle not in ("auto", "images", "chunks"):
             raise ValueError(f"shuffle ({self.shuffle!r}) must be auto, images or chunks")
         if self.chunk_mb < 1:
@@ -272,11 +270,10 @@ def _samples(
         lambda row: tar_store.image_name(columns, row),
         fraction=options.fraction,
         per_class=options.per_class,
+        limit=options.limit,
         seed=options.subset_seed,
         root=root,
     )
-    if options.limit is not None and options.limit < len(usable):
-        stored = usable[np.linspace(0, len(usable) - 1, options.limit).astype(np.int64)]
     kept = ("shard", "offset", "size", "checksum", "height", "width")
     fields = {key: columns[key] for key in kept}
     if stored is not None:
