@@ -2,6 +2,7 @@
 
 import io
 import os
+import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,10 @@ from PIL import Image
 
 from fastssl import demo, loader
 from pipelines.images import Encoded
+
+# A shell script's background jobs, as .ci/run's, ignore Ctrl-C, and so would all that tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

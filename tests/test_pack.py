@@ -696,8 +696,6 @@ def started(
         env=environ,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
-        # a shell script's background jobs, as .ci/run's, ignore Ctrl-C, and so do their children
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     part = store.with_name(f"{store.name}.part")
     shard = part / "store" / f"shard-{kept:06d}.tar"
@@ -785,7 +783,7 @@ def test_a_part_with_nothing_whole_is_begun_anew_in_any_form(images, tmp_path):
 def test_ctrl_c_waits_until_no_lock_of_the_executor_can_be_held():
     future: Future = Future()
     future.set_result(["an image"])
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's: ignored
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     interrupt = worker_pool.Interrupt()
     try:
         assert interrupt.result(future) == ["an image"]
