@@ -185,12 +185,7 @@ def _look_at(descriptor: int, piece: Piece, known: np.void, record: np.ndarray) 
         judged = int(known["judged"]) if same and known["state"] == BAD else UNSEEN
         piece = replace(piece, decode=piece.decode or judged > SEEN)
         record["judged"] = max(_wanted(decode=piece.decode), judged)
-        # Uncompressed, with alpha and 16 bits, and room for what else an image file may carry.
-        if status.st_size > 8 * piece.most_pixels + 2**26:
-            raise ValueError(
-                f"{status.st_size:,} bytes, more than an image of data.max_pixels="
-                f"{piece.most_pixels:,} can need"
-            )
+        image_bytes.check_size(status.st_size, piece.most_pixels)
         try:
             _judge(file, status.st_size, piece, record)
         except OSError as error:

@@ -30,6 +30,17 @@ def dimensions(content: bytes, max_pixels: int) -> tuple[int, int]:
     return height, width
 
 
+def check_size(size: int, most: int) -> None:
+    """Refuses a file of more bytes than an image of so many pixels can need, before it is read.
+
+    Raises:
+        ValueError: the message is the reason, to be put behind a name.
+    """
+    # Uncompressed, with alpha and 16 bits, and room for what else an image file may carry.
+    if size > 8 * most + 2**26:
+        raise ValueError(f"{size:,} bytes, more than an image of data.max_pixels={most:,} can need")
+
+
 def check_pixels(height: int, width: int, most: int) -> None:
     """Refuses what would take gigabytes to decode.
 

@@ -21,8 +21,10 @@ import importlib
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from fastssl import demo, pack_part, part_folder, tar_file
+from fastssl.check_image import CANNOT_BE_READ, is_passing
 from fastssl.pack import Done, pack
 from fastssl.pack_image import Form, MachineFault
 from fastssl.reader_options import READER, folder_options
@@ -112,6 +114,7 @@ def _pack(given: argparse.Namespace, store: Path) -> Done:
     inside = os.path.realpath(samples.root)
     if os.path.commonpath([inside, os.path.realpath(store)]) == inside:
         raise ValueError(f"{store} lies in the source {samples.root}: name a folder elsewhere")
+    _refuse_unread(samples)
     if not given.follow_links:
         refuse_links_out(samples)
     done = pack(
@@ -129,6 +132,28 @@ def _pack(given: argparse.Namespace, store: Path) -> Done:
     tars = importlib.import_module("pipelines.readers.tar")
     tars.list_samples(tars.Options(root=str(store)), cache=None, say=_say)
     return done
+
+
+def _refuse_unread(samples: Any) -> None:
+    """Refuses a listing in which files are bad that the next one may find good.
+
+    Raises:
+        ValueError: names three of them.
+    """
+    gone = CANNOT_BE_READ.format(os.strerror(errno.ENOENT))  # or a link that leads nowhere
+    unread = [
+        row
+        for row, reason in samples.bad.items()
+        if is_passing(reason) or (reason == gone and not os.path.lexists(samples.path(row)))
+    ]
+    if unread:
+        few = [f"{tar_file.shown(samples.path(row))} ({samples.bad[row]})" for row in unread[:3]]
+        more = f" and {len(unread) - 3:,} more" if len(unread) > 3 else ""
+        raise ValueError(
+            f"a disk or a network share failed while {samples.root} was listed, or files went away:"
+            f" {', '.join(few)}{more}; give the same command again, and if that stays so, name them"
+            " in a data.quarantine"
+        )
 
 
 def _form(given: argparse.Namespace) -> Form:

@@ -5,6 +5,7 @@ libjpeg-turbo as everybody else: JPEGs decode to the very pixels that DALI gives
 worker processes of fastssl/pack.py, so that it must stay light.
 """
 
+import errno
 import io
 import os
 import zlib
@@ -72,7 +73,7 @@ class Form:
 
 
 class MachineFault(Exception):
-    """The machine failed, and nothing is known about the file: it is not to be left out."""
+    """The machine failed, or a file has gone: nothing is known about it, so it is not left out."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def pack(path: str, form: Form, max_pixels: int = image_bytes.MAX_PIXELS) -> Pac
 
     Raises:
         ValueError: it cannot be decoded; the message is the reason, to be put behind a name.
-        MachineFault: it could not be read, two times; says which file.
+        MachineFault: it could not be read, two times; says which file, and the remedy.
         MemoryError: there is not enough to decode it.
     """
     original = _read(path)
@@ -208,17 +209,22 @@ def _read(path: str) -> bytes:
     try:
         return _read_once(path)
     except OSError as error:
-        raise MachineFault(f"{tar_file.shown(path)} cannot be read: {error.strerror}") from None
+        # Whatever the listing could not open is not packed: this could be opened then.
+        remedy = "if that stays so, name it in a data.quarantine and begin anew with --restart"
+        if error.errno in (errno.ENOENT, errno.ENOTDIR):
+            remedy = (
+                "it has gone since the source was listed: put it back, or mount its disk; if it is"
+                " deleted for good, begin anew with --restart"
+            )
+        reason = f"cannot be read: {error.strerror}: {remedy}"
+        raise MachineFault(f"{tar_file.shown(path)} {reason}") from None
 
 
 def _read_once(path: str) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            if os.fstat(file.fileno()).st_size > tar_file.LARGEST // 2:  # room for a heading
-                raise ValueError("too large for a tar: 4 GB or more")
-            return file.read()
-    except (FileNotFoundError, PermissionError) as error:  # as it was left there
-        raise ValueError(f"cannot be read: {error.strerror}") from None
+    with open(path, "rb") as file:
+        if os.fstat(file.fileno()).st_size > tar_file.LARGEST // 2:  # room for a heading
+            raise ValueError("too large for a tar: 4 GB or more")
+        return file.read()
 
 
 def _converted(original: bytes, form: Form, max_pixels: int) -> tuple[bytes, int, int]:

@@ -147,9 +147,12 @@ def _check_plan(folder: Path, path: Path, plan: dict[str, Any]) -> None:
         raise ValueError(f"{path} is damaged: begin anew with --restart")
     other = [key for key in {**before, **plan} if before.get(key) != plan.get(key)]
     if other:
+        same = "give the same command as then to go on"
+        if "source" in other:
+            same = "have its files (names, sizes, times) and the command as then to go on"
         raise ValueError(
-            f"{folder} was begun with another {' and another '.join(other)}: give the same command"
-            " as then to go on, --restart to begin anew, or name another STORE"
+            f"{folder} was begun with another {' and another '.join(other)}: {same}, --restart to"
+            " begin anew, or name another STORE"
         )
 
 

@@ -4,7 +4,8 @@
 
 Reads all of it: the SHA-256 of every file, the place and name of every member of a tar, DALI's
 index of the tar, and the checksum of every image; --decode also decodes every image. Each damaged
-file and image is named. Exit codes: 0 all is as it was packed, 1 something is not.
+file and image is named, and --quarantine writes the images down for data.quarantine=FILE, which
+leaves them out. Exit codes: 0 all is as it was packed, and decodes; 1 something is not.
 """
 
 import argparse
@@ -44,6 +45,8 @@ class Damage:
     row: int | None
     place: str
     reason: str
+    name: bytes = b""  # of an image, in the index
+    as_packed: bool = False  # an image whose bytes are right, and cannot be decoded
 
     def __str__(self) -> str:
         return f"{self.place}: {self.reason}"
@@ -53,6 +56,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what `run` wants to be given."""
     parser.add_argument("store", metavar="STORE", help="folder of tars with a manifest")
     parser.add_argument("--decode", action="store_true", help="decode every image as well")
+    parser.add_argument(
+        "--quarantine", metavar="FILE", help="to make: the damaged images, for data.quarantine=FILE"
+    )
     parser.add_argument(
         "--workers",
         type=int,
@@ -66,6 +72,8 @@ def run(given: argparse.Namespace) -> int:
     """Verifies; returns the exit code."""
     if given.workers < 1:
         raise ValueError(f"--workers ({given.workers}) must be at least 1")
+    if given.quarantine is not None and os.path.lexists(given.quarantine):
+        raise ValueError(f"--quarantine: {given.quarantine} is there already: name another file")
     root = local_store(given.store)
     layout = importlib.import_module(store_heads.LAYOUT)  # pipelines/ is beside us, not beneath
     if not (root / layout.MANIFEST).exists():
@@ -81,18 +89,46 @@ def run(given: argparse.Namespace) -> int:
             " packed"
         )
         return 0
-    shards = len({each.shard for each in bad if each.shard is not None})
-    images = len({each.row for each in bad if each.row is not None})
+    if given.quarantine is not None:
+        _write_quarantine(given.quarantine, bad)
+    print(f"error: {root}: {_remedy(bad, given.quarantine)}", file=sys.stderr)
+    return 1
+
+
+def _remedy(bad: list[Damage], quarantine: str | None) -> str:
+    """What is damaged, counted, and what helps."""
+    changed = [each for each in bad if not each.as_packed]
+    shards = len({each.shard for each in changed if each.shard is not None})
+    images = len({each.row for each in changed if each.row is not None})
     if bad[0].shard is None:  # nothing reads it then
         more = f", and so are {tar_file.tars(shards)}" if shards else ""
-        reason = f"{bad[0].place} is damaged{more}: copy or pack it again"
-    else:
-        reason = (
+        return f"{bad[0].place} is damaged{more}: copy or pack it again"
+    said: list[str] = []
+    if changed:
+        said.append(
             f"{tar_file.tars(shards)} and {images:,} images are damaged: copy or pack it again, or"
             " train without the images named (data.verify=true leaves them out)"
         )
-    print(f"error: {root}: {reason}", file=sys.stderr)
-    return 1
+    if len(bad) > len(changed):
+        file = quarantine or "FILE"
+        writes = "" if quarantine else ", which --quarantine FILE writes"
+        said.append(
+            f"{len(bad) - len(changed):,} images cannot be decoded, though their bytes are those"
+            " that were packed, and are so again if packed again: mend them in the source first, or"
+            f" leave them out with data.quarantine={file}{writes}"
+        )
+    return "; ".join(said)
+
+
+def _write_quarantine(path: str, bad: list[Damage]) -> None:
+    """A line an image; a new file."""
+    quarantine = importlib.import_module("pipelines.readers.quarantine")
+    reasons: dict[bytes, str] = {}
+    for each in bad:
+        if each.row is not None:
+            reasons.setdefault(each.name, each.reason)
+    with open(path, "x", encoding="ascii") as file:
+        file.writelines(quarantine.line(name, reason) for name, reason in reasons.items())
 
 
 def row_name(tar: Path, member: str) -> bytes:
@@ -305,9 +341,9 @@ class _Rows:
         return Damage(self._number, None, tar_file.shown(self._shard.name), reason)
 
     def _of(self, row: int, reason: str) -> Damage:
-        name = tar_file.shown(os.fsdecode(self._layout.image_name(self._columns, row)))
-        place = f"{tar_file.shown(self._shard.name)}, image {row:,} ({name})"
-        return Damage(self._number, row, place, reason)
+        name = self._layout.image_name(self._columns, row)
+        place = _place(self._shard.name, row, name)
+        return Damage(self._number, row, place, reason, name)
 
 
 def _decoded(
@@ -335,13 +371,15 @@ def _decoded(
         for piece in pieces:
             for reason in piece:
                 if reason and row not in known:
-                    number = int(columns["shard"][row])
-                    name = tar_file.shown(os.fsdecode(layout.image_name(columns, row)))
-                    shard = tar_file.shown(manifest.shards[number].name)
-                    place = f"{shard}, image {row:,} ({name})"
-                    yield Damage(number, row, place, reason)
+                    number, name = int(columns["shard"][row]), layout.image_name(columns, row)
+                    place = _place(manifest.shards[number].name, row, name)
+                    yield Damage(number, row, place, reason, name, as_packed=True)
                 row += 1
             bar.advance(len(piece))
+
+
+def _place(shard: str, row: int, name: bytes) -> str:
+    return f"{tar_file.shown(shard)}, image {row:,} ({tar_file.shown(os.fsdecode(name))})"
 
 
 def _pieces(first: int, count: int) -> Iterator[slice]:
@@ -362,9 +400,15 @@ def _decode(piece: tuple[str, str, np.ndarray]) -> list[str | None]:
     with opened as file:
         end = os.fstat(file.fileno()).st_size
         for offset, size, height, width in places.tolist():
-            content = os.pread(file.fileno(), max(0, min(size, end - offset)), offset)
-            if form == "raw":
-                found.append(None if len(content) == height * width * 3 else "is cut off")
+            if form == "raw":  # nothing to decode
+                whole = size == height * width * 3 and offset + size <= end
+                found.append(None if whole else "is cut off")
+                continue
+            try:
+                image_bytes.check_size(size, image_bytes.MAX_PIXELS)
+                content = tar_file.read(file.fileno(), offset, size)
+            except ValueError as error:
+                found.append(str(error))
             else:
                 found.append(_decoding(content, height, width))
     return found

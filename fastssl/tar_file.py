@@ -5,6 +5,7 @@ images give the same bytes. What others wrote is read by Python's tarfile, and r
 holds what could lead out of it.
 """
 
+import os
 import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -88,6 +89,25 @@ def members(path: Path) -> Iterator[Member]:
     except Exception as error:  # whatever a damaged header makes tarfile raise
         reason = shown(" ".join(str(error).split()))
         raise ValueError(f"no tar that can be read: {reason}") from None
+
+
+def read(file: int, offset: int, size: int) -> bytes:
+    """Bytes of an open file, however many: at a time the kernel gives 2 GiB at most.
+
+    Raises:
+        ValueError: the file ends before; the message is the reason, to be put behind a name.
+    """
+    content = os.pread(file, size, offset)
+    if len(content) == size:
+        return content
+    pieces, left = [content], size - len(content)
+    while left:
+        piece = os.pread(file, left, offset + size - left)
+        if not piece:
+            raise ValueError(f"is cut off: {size - left:,} of its {size:,} bytes are there")
+        pieces.append(piece)
+        left -= len(piece)
+    return b"".join(pieces)
 
 
 def plain(name: str) -> str:

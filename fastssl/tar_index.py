@@ -6,7 +6,8 @@
 Writes manifest.json, index/ and an .idx for DALI beside the tars, which stay as they are. Images
 are the members named KEY.jpg, .jpeg, .png, .webp, .bmp, .tif or .tiff, in the order of the tars'
 names and of members; a label is in KEY.cls, or in KEY.json under --label-key. Images that cannot
-be decoded get no row and are named, and so are those without a label where others have one.
+be decoded get no row and are named, and so are those without a label where others have one, and
+members of more bytes than an image of --max-pixels can need.
 """
 
 import argparse
@@ -118,6 +119,8 @@ def look(path: Path, *, label_key: str, max_pixels: int) -> Found | str:
         return str(error)
     except OSError as error:
         return f"cannot be read: {error.strerror}"
+    except MemoryError:
+        return "not enough memory for one of its images: give fewer --workers, or less --max-pixels"
 
 
 def _look(path: Path, label_key: str, max_pixels: int) -> Found:
@@ -135,7 +138,9 @@ def _look(path: Path, label_key: str, max_pixels: int) -> Found:
             key, extension = tar_file.split(name)
             extension = extension.lower()
             if extension in ("cls", "json"):
-                text = _label(_read(file.fileno(), member, _LABEL_BYTES), extension, label_key)
+                size = min(member.size, _LABEL_BYTES)
+                content = tar_file.read(file.fileno(), member.offset, size)
+                text = _label(content, extension, label_key)
                 if text is not None:
                     labels[key] = text
             elif extension not in EXTENSIONS or not key or key.endswith("/"):
@@ -144,7 +149,12 @@ def _look(path: Path, label_key: str, max_pixels: int) -> Found:
                 left_out[name] = "an image before it has the same name"
             else:
                 names.add(name)
-                content = _read(file.fileno(), member, member.size)
+                try:
+                    image_bytes.check_size(member.size, max_pixels)
+                except ValueError as error:
+                    left_out[name] = str(error)
+                    continue
+                content = tar_file.read(file.fileno(), member.offset, member.size)
                 try:
                     shape = image_bytes.dimensions(content, max_pixels)
                 except ValueError as error:
@@ -207,10 +217,6 @@ def _tars(folder: Path, layout: ModuleType) -> list[Path]:
         if not path.is_file():
             raise ValueError(f"{path} is no file")
     return tars
-
-
-def _read(file: int, member: tar_file.Member, most: int) -> bytes:
-    return os.pread(file, min(member.size, most), member.offset)
 
 
 def _label(content: bytes, extension: str, key: str) -> str | None:

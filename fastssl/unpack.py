@@ -3,10 +3,11 @@
     python -m fastssl.data unpack /fast/train /data/again
 
 Of a store of originals this is the folder that was packed, without the files that were left out.
-Images that were converted get the format's ending behind their name where that says otherwise;
-raw pixels become PNGs. Nothing that the store says can lead out of the new folder: names with ".."
-or from the root, links, devices and images over --max-pixels are refused, before any is written.
-All is forced to the disk before the folder gets its name.
+Images that were converted get the format's ending behind their name where that says otherwise
+(again where another image has that name); raw pixels become PNGs. Nothing that the store says can
+lead out of the new folder: names with ".." or from the root, links, devices and images over
+--max-pixels are refused, before any is written. All is forced to the disk before the folder gets
+its name.
 """
 
 import argparse
@@ -14,7 +15,8 @@ import importlib
 import io
 import os
 import shutil
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,7 +24,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fastssl import image_bytes, part_folder, store_heads, store_verify
+from fastssl import image_bytes, part_folder, store_heads, store_verify, tar_file
 from fastssl.tar_file import shown
 from fastssl.work_progress import WorkProgress
 
@@ -88,7 +90,9 @@ def unpack(store: Path, folder: Path, *, max_pixels: int, workers: int) -> int:
         if (store / name).is_symlink():
             raise ValueError(f"{store}: {shown(name)} is refused: it is a link")
     columns = layout.read_columns(str(store / layout.INDEX), manifest)
-    for row, name in enumerate(_names(manifest, columns, layout)):
+    name_of = _name_of(manifest, columns, layout)
+    for row in range(manifest.images):
+        name = name_of(row)
         _check(store, row, name)
         _check_size(store, row, name, columns, max_pixels)
     for damage in store_verify.damages(store, layout, workers=workers):
@@ -97,7 +101,7 @@ def unpack(store: Path, folder: Path, *, max_pixels: int, workers: int) -> int:
         if any(part.iterdir()):
             raise ValueError(f"{part} is left from an unpack that was killed: remove it")
         try:
-            _write_all(store, part, manifest, columns, layout, max_pixels)
+            _write_all(store, part, manifest, columns, name_of, layout, max_pixels)
             _sync_all(part)
             part.rename(folder)
             part_folder.sync(folder.parent)
@@ -112,22 +116,22 @@ def _write_all(
     part: Path,
     manifest: Any,
     columns: dict[str, np.ndarray],
+    name_of: Callable[[int], bytes],
     layout: ModuleType,
     max_pixels: int,
 ) -> None:
-    names = enumerate(_names(manifest, columns, layout))
     keys = ("offset", "size", "height", "width")
     with WorkProgress("unpack", manifest.images, "images") as bar:
         for shard in manifest.shards:
             with layout.open_file(str(store / shard.name)) as file:
-                for _ in range(shard.images):
-                    row, name = next(names)
+                for row in range(shard.first_row, shard.first_row + shard.images):
+                    name = name_of(row)
                     offset, size, height, width = (int(columns[key][row]) for key in keys)
-                    content = os.pread(file.fileno(), size, offset)
-                    target = part / os.fsdecode(name)
                     try:
+                        content = tar_file.read(file.fileno(), offset, size)
                         ending, content = _file(content, manifest.form, height, width, max_pixels)
-                        target = _with_ending(target, ending)
+                        own = _with_ending(name, ending, name_of, manifest.images)
+                        target = part / os.fsdecode(own)
                         target.parent.mkdir(parents=True, exist_ok=True)
                         with target.open("xb") as image:
                             image.write(content)
@@ -147,15 +151,20 @@ def _sync_all(part: Path) -> None:
         part_folder.sync(Path(folder))
 
 
-def _names(manifest: Any, columns: dict[str, np.ndarray], layout: ModuleType) -> Iterator[bytes]:
-    """Where each image is to lie: by its name in the source, in the folder of its class."""
+def _name_of(
+    manifest: Any, columns: dict[str, np.ndarray], layout: ModuleType
+) -> Callable[[int], bytes]:
+    """Where the image of a row is to lie: by its name in the source, in the folder of its class."""
     classes = [os.fsencode(each) for each in manifest.classes]
-    for row in range(manifest.images):
+
+    def name_of(row: int) -> bytes:
         name = layout.image_name(columns, row)
         label = int(columns["label"][row])
         if label >= 0 and name.partition(b"/")[0] != classes[label]:
             name = classes[label] + b"/" + name  # tars of others know no folders of classes
-        yield name
+        return name
+
+    return name_of
 
 
 def _check(store: Path, row: int, name: bytes) -> None:
@@ -172,10 +181,10 @@ def _check(store: Path, row: int, name: bytes) -> None:
 def _check_size(
     store: Path, row: int, name: bytes, columns: dict[str, np.ndarray], max_pixels: int
 ) -> None:
+    size, height, width = (int(columns[key][row]) for key in ("size", "height", "width"))
     try:
-        image_bytes.check_pixels(
-            int(columns["height"][row]), int(columns["width"][row]), max_pixels
-        )
+        image_bytes.check_size(size, max_pixels)
+        image_bytes.check_pixels(height, width, max_pixels)
     except ValueError as error:
         raise ValueError(_refused(store, row, name, str(error))) from None
 
@@ -193,10 +202,22 @@ def _file(
     return (None if form == "original" else "jpg"), content
 
 
-def _with_ending(path: Path, kind: str | None) -> Path:
-    if kind is None or path.suffix.lower() in _ENDINGS[kind]:
-        return path
-    return path.with_name(f"{path.name}.{kind}")
+def _with_ending(
+    name: bytes, kind: str | None, name_of: Callable[[int], bytes], images: int
+) -> bytes:
+    """The name of an image of this format: no other image's, and no folder's."""
+    if kind is None or Path(os.fsdecode(name)).suffix.lower() in _ENDINGS[kind]:
+        return name
+
+    def first_from(wanted: bytes) -> bytes:
+        # What was converted was a folder: its names are in the order of their bytes.
+        row = bisect_left(range(images), wanted, key=name_of)
+        return name_of(row) if row < images else b""
+
+    new = name + b"." + kind.encode()
+    while first_from(new) == new or first_from(new + b"/").startswith(new + b"/"):
+        new += b"." + kind.encode()
+    return new
 
 
 def _refused(store: Path, row: int, name: bytes, reason: str) -> str:

@@ -29,7 +29,7 @@ from PIL import Image
 
 from fastssl import data, pack_image, pack_part, tar_file, worker_pool
 from fastssl.pack_image import Form
-from pipelines.readers import tar
+from pipelines.readers import headers, tar
 from tests.packing import encoded, files, folder_of_classes, names, pack, picture, refused
 
 RUN = [sys.executable, "-m", "fastssl.data"]
@@ -298,18 +298,48 @@ def test_a_file_that_cannot_be_read_just_now_is_tried_again_and_never_left_out(
 ):
     path = tmp_path / "a.jpg"
     path.write_bytes(encoded(20, 20))
-    for number in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT):
+    for number, remedy in (
+        (errno.EIO, "if that stays so, name it in a data.quarantine"),
+        (errno.ESTALE, "if that stays so, name it in a data.quarantine"),
+        (errno.EACCES, "if that stays so, name it in a data.quarantine"),
+        (errno.ENOENT, "it has gone since the source was listed: put it back"),
+    ):
         failing_open(monkeypatch, 1, number)
         assert isinstance(pack_image.pack_all([str(path)], Form(), 10_000)[0], pack_image.Packed)
         failing_open(monkeypatch, 2, number)
         with pytest.raises(
-            pack_image.MachineFault, match=f"^{path} cannot be read: {os.strerror(number)}$"
+            pack_image.MachineFault,
+            match=f"^{path} cannot be read: {os.strerror(number)}: {remedy}",
         ):
             pack_image.pack_all([str(path)], Form(), 10_000)
-    for number in (errno.ENOENT, errno.EACCES):
-        failing_open(monkeypatch, 2, number)
-        said = pack_image.pack_all([str(path)], Form(), 10_000)
-        assert said == [f"cannot be read: {os.strerror(number)}"]
+
+
+def test_what_could_not_be_read_while_it_was_listed_is_not_left_out_for_ever(
+    images, tmp_path, monkeypatch, capsys
+):
+    (images / "link.jpg").symlink_to("nowhere.jpg")  # never there: left out
+    lost = sorted(images.glob("*/*.jpg"))[:5]
+    (tmp_path / "elsewhere").mkdir()
+    dimensions = headers.dimensions
+
+    def fails(path: bytes) -> tuple[int, int]:
+        number = lost.index(Path(os.fsdecode(path))) if Path(os.fsdecode(path)) in lost else 9
+        if number < 4:
+            raise ValueError(f"cannot be read: {os.strerror(errno.ESTALE)}")
+        if number == 4:  # as if by another program
+            lost[4].rename(tmp_path / "elsewhere" / "image")
+        return dimensions(path)
+
+    monkeypatch.setattr(headers, "dimensions", fails)
+    said = refused(capsys, "pack", images, tmp_path / "store")
+    few = ", ".join(f"{path} (cannot be read: {os.strerror(errno.ESTALE)})" for path in lost[:3])
+    assert f"failed while {images} was listed, or files went away: {few} and 2 more;" in said
+    assert not (tmp_path / "store").exists()
+    monkeypatch.setattr(headers, "dimensions", dimensions)
+    (tmp_path / "elsewhere" / "image").rename(lost[4])
+    assert len(pack(images, tmp_path / "store")) == 30
+    left = json.loads((tmp_path / "store" / "manifest.json").read_text())["left_out"]
+    assert left == {"link.jpg": "cannot be read: No such file or directory"}
 
 
 @pytest.mark.parametrize("form", [Form(form="original", short_side=None), Form()])
@@ -558,6 +588,40 @@ def test_a_pack_that_fails_again_and_again_ends_with_the_same_bytes(
     assert not (tmp_path / "store.part").exists()
 
 
+def test_a_source_that_goes_away_stops_a_pack_which_goes_on_once_it_is_back(
+    noise, tmp_path, capsys
+):
+    options = ["--workers", "1", "--shard-mb", "1", "--form", "raw", "--short-side", "full"]
+    pack(noise, tmp_path / "whole", *options)
+    capsys.readouterr()
+    result, count = worker_pool.Interrupt.result, iter(range(9))
+
+    def goes_away(self, future):
+        packed = result(self, future)
+        if next(count) == 1:  # the second of five pieces
+            noise.rename(tmp_path / "gone")
+        return packed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worker_pool.Interrupt, "result", goes_away)
+        said = refused(capsys, "pack", noise, tmp_path / "store", *options)
+    assert "cannot be read: No such file or directory: it has gone since the source was" in said
+    assert f"; {tmp_path}/store.part keeps " in said
+    assert said.endswith(" images, and the same command goes on from there")
+    assert not (tmp_path / "store").exists()
+
+    (tmp_path / "gone").rename(noise)
+    (noise / "class0" / "38.png").rename(tmp_path / "deleted.png")
+    assert refused(capsys, "pack", noise, tmp_path / "store", *options) == (
+        f"{tmp_path}/store.part was begun with another source: have its files (names, sizes, times)"
+        " and the command as then to go on, --restart to begin anew, or name another STORE"
+    )
+    (tmp_path / "deleted.png").rename(noise / "class0" / "38.png")
+    pack(noise, tmp_path / "store", *options)
+    assert "going on from" in capsys.readouterr().out
+    assert files(tmp_path / "store") == files(tmp_path / "whole")
+
+
 def test_what_was_begun_otherwise_is_not_gone_on_with_but_can_be_begun_anew(
     noise, tmp_path, stop_after, capsys
 ):
@@ -573,9 +637,12 @@ def test_what_was_begun_otherwise_is_not_gone_on_with_but_can_be_begun_anew(
         (["data.limit=20"], "source"),
     ):
         said = refused(capsys, "pack", noise, tmp_path / "store", *options, *other)
+        same = "give the same command as then"
+        if what == "source":
+            same = "have its files (names, sizes, times) and the command as then"
         assert said == (
-            f"{tmp_path}/store.part was begun with another {what}: give the same command as then to"
-            " go on, --restart to begin anew, or name another STORE"
+            f"{tmp_path}/store.part was begun with another {what}: {same} to go on, --restart to"
+            " begin anew, or name another STORE"
         )
     samples = pack(noise, tmp_path / "store", *options, "--restart", "--short-side", "100")
     assert len(samples) == 37
@@ -676,10 +743,10 @@ def test_a_full_disk_is_one_line_and_keeps_whole_tars_only(noise, small_disk, tm
 
 
 def many(root: Path, count: int) -> None:
-    """Enough work for a second: hard links to one file."""
+    """Enough work for seconds: hard links to one file."""
     file = root / "0.png"
     root.mkdir()
-    picture(500, 700).save(file)
+    picture(260, 364).save(file)
     for number in range(1, count):
         os.link(file, root / f"{number}.png")
 
@@ -699,7 +766,7 @@ def started(
     )
     part = store.with_name(f"{store.name}.part")
     shard = part / "store" / f"shard-{kept:06d}.tar"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not (shard.exists() and shard.stat().st_size):
         assert process.poll() is None
         assert time.monotonic() < deadline
@@ -724,7 +791,7 @@ def descendants(parent: int) -> list[int]:
 def test_a_pack_that_is_ended_at_random_places_leaves_no_process_and_goes_on_to_the_same_bytes(
     tmp_path, checkout, environ
 ):
-    many(tmp_path / "images", 160)
+    many(tmp_path / "images", 600)
     store = tmp_path / "store"
     options = ["--short-side", "120", "--shard-mb", "1"]
     chance, kept = random.Random(5), 0
@@ -733,8 +800,8 @@ def test_a_pack_that_is_ended_at_random_places_leaves_no_process_and_goes_on_to_
         below = descendants(process.pid)
         time.sleep(chance.uniform(0, 0.05))
         process.send_signal(number)
-        said = process.communicate(timeout=60)[1].decode()
-        deadline = time.monotonic() + 60
+        said = process.communicate(timeout=300)[1].decode()
+        deadline = time.monotonic() + 300
         while any(Path(f"/proc/{each}").exists() for each in below):
             assert time.monotonic() < deadline
             time.sleep(0.05)

@@ -157,6 +157,35 @@ def test_decode_finds_what_was_damaged_before_it_was_packed(tmp_path, capsys, mo
     assert said.startswith("shard-000000.tar, image 6 (class1/0.jpg): cannot be decoded: ")
 
 
+def test_what_cannot_be_decoded_though_as_it_was_packed_gets_a_remedy_that_works(
+    store, tmp_path, capsys
+):
+    height = columns(store)["height"].copy()
+    height[[2, 4]] += 1
+    np.save(store / "index" / "height.npy", height)
+    agree(store)
+    change(store / "shard-000000.tar", int(columns(store)["offset"][4]) + 300, b"\x55\xaa")
+    listed = tmp_path / "quarantine.jsonl"
+    wanted = ["verify", str(store), "--decode", "--workers", "1"]
+
+    assert data.main(wanted) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "1 tar and 1 images are damaged: copy or pack it again" in said
+    assert "; 1 images cannot be decoded, though their bytes are those that were packed" in said
+    assert "leave them out with data.quarantine=FILE, which --quarantine FILE writes\n" in said
+    assert data.main([*wanted, "--quarantine", str(listed)]) == 1
+    assert f"leave them out with data.quarantine={listed}\n" in capsys.readouterr().err
+    options = tar.Options(root=str(store), quarantine=str(listed))
+    samples = tar.list_samples(options, cache=None, say=lambda _: None)
+    assert [*samples.bad] == [2, 4]
+    assert samples.bad[2].startswith("quarantined: has 32 x 20 pixels")
+    before = listed.read_bytes()
+    assert data.main([*wanted, "--quarantine", str(listed)]) == 2
+    assert "is there already: name another file" in capsys.readouterr().err
+    assert listed.read_bytes() == before
+
+
 def test_decode_compares_the_dimensions_with_the_index(store, capsys):
     height = columns(store)["height"].copy()
     height[2] += 1

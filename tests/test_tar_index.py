@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import wds2idx
 
-from fastssl import data, store_heads, tar_file
+from fastssl import data, store_heads, tar_file, tar_index
 from pipelines.readers import tar
 from tests.packing import encoded, files, refused
 
@@ -178,6 +178,50 @@ def test_labels_that_no_folder_can_be_called_by_are_none(tars):
     assert data.main(["index", str(tars), "--workers", "1"]) == 0
     assert opened(tars).classes == ("cat",)
     assert len(opened(tars)) == 1
+
+
+def test_a_member_that_no_image_can_be_is_left_out_unread(tars):
+    add(tars / "a.tar", {"1.jpg": encoded(20, 20)})
+    image = (tars / "a.tar").read_bytes()[: 512 + -(-len(encoded(20, 20)) // 512) * 512]
+    size = 70_000_000
+    (tars / "a.tar").write_bytes(image + sized(tarfile.REGTYPE, size))
+    os.truncate(tars / "a.tar", len(image) + 512 + size + -size % 512 + 1024)  # a few kB on disk
+
+    options = ["--max-pixels", "10000", "--workers", "1"]
+    assert data.main(["index", str(tars), *options]) == 0
+    assert json.loads((tars / "manifest.json").read_text())["left_out"] == {
+        "a/0.jpg": "70,000,000 bytes, more than an image of data.max_pixels=10,000 can need"
+    }
+
+
+def test_want_of_memory_is_one_line(tars, monkeypatch):
+    def full(*_):
+        raise MemoryError
+
+    add(tars / "a.tar", {"0.jpg": encoded(20, 20)})
+    monkeypatch.setattr(tar_file, "read", full)
+
+    said = tar_index.look(tars / "a.tar", label_key="label", max_pixels=10_000)
+    assert said == (
+        "not enough memory for one of its images: give fewer --workers, or less --max-pixels"
+    )
+
+
+def test_an_image_is_read_whole_however_few_bytes_the_kernel_gives_at_a_time(tars, monkeypatch):
+    add(tars / "a.tar", {"0.bmp": encoded(40, 40, "BMP"), "0.cls": b"1"})
+    whole = tar_index.look(tars / "a.tar", label_key="label", max_pixels=10_000)
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda file, size, at: pread(file, min(size, 1000), at))
+
+    found = tar_index.look(tars / "a.tar", label_key="label", max_pixels=10_000)
+    assert isinstance(found, tar_index.Found)
+    assert isinstance(whole, tar_index.Found)
+    np.testing.assert_array_equal(found.numbers, whole.numbers)
+    with (tars / "a.tar").open("rb") as file:
+        content = (tars / "a.tar").read_bytes()
+        assert tar_file.read(file.fileno(), 100, 4000) == content[100:4100]
+        with pytest.raises(ValueError, match=r"^is cut off: 2,500 of its 4,000 bytes are there$"):
+            tar_file.read(file.fileno(), len(content) - 2500, 4000)
 
 
 # What is refused

@@ -100,6 +100,41 @@ def test_what_was_converted_says_so_by_its_ending(packed, tmp_path):
         np.testing.assert_array_equal(again, np.asarray(image))
 
 
+def test_an_ending_gives_no_image_the_name_of_another_or_of_a_folder(tmp_path):
+    sources = {
+        "a/x.png": 20, "a/x.png.jpg": 21, "a/x.png.jpg.jpg": 22,
+        "a/y.png": 23, "a/y.png.jpg/0.jpg": 24, "b/z.png": 25, "b/z.png.JPG": 26,
+    }  # fmt: skip
+    for name, side in sources.items():
+        (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        kind = "PNG" if name.endswith("png") else "JPEG"
+        (tmp_path / "images" / name).write_bytes(encoded(side, side, kind))
+    pack(tmp_path / "images", tmp_path / "store", "--short-side", "100")
+
+    assert data.main(["unpack", str(tmp_path / "store"), str(tmp_path / "again")]) == 0
+    sides: dict[str, int] = {}
+    for name in files(tmp_path / "again"):
+        with Image.open(tmp_path / "again" / name) as image:
+            sides[name] = image.width
+    assert sides == {
+        "a/x.png.jpg.jpg.jpg": 20, "a/x.png.jpg": 21, "a/x.png.jpg.jpg": 22,
+        "a/y.png.jpg.jpg": 23, "a/y.png.jpg/0.jpg": 24, "b/z.png.jpg": 25, "b/z.png.JPG": 26,
+    }  # fmt: skip
+
+
+def test_an_image_is_written_whole_however_few_bytes_the_kernel_gives_at_a_time(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.bmp").write_bytes(encoded(40, 40, "BMP"))
+    pack(tmp_path / "images", tmp_path / "store")
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda file, size, at: pread(file, min(size, 2000), at))
+
+    assert unpack.unpack(tmp_path / "store", tmp_path / "again", max_pixels=10**6, workers=1) == 1
+    assert files(tmp_path / "again") == files(tmp_path / "images")
+
+
 def test_a_folder_that_is_there_is_left_alone(store, tmp_path, capsys):
     (tmp_path / "again").mkdir()
     said = refused(capsys, "unpack", store, tmp_path / "again")
