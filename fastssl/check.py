@@ -3,11 +3,11 @@
     python -m fastssl.data check /data/photos --decode
     python fastssl/train.py recipes/rotation.yaml data.root=... data.quarantine=...
 
-FOLDER holds images as training reads them; a folder with train/ and val/ is two such. Every file's
-header, end, dimensions and colour mode are looked at, and with --decode all of its pixels. Files
-are only read. It can be stopped, killed and repeated: the same command goes on, and looks again at
-what has changed since. What --decode found bad stays so without it. Written to DIR (by default
-NAME-check, here), which is one data set's:
+FOLDER holds images as training reads them; a folder with train/ and val/ (or validation/, or test/,
+or several of them) is as many such. Every file's header, end, dimensions and colour mode are looked
+at, and with --decode all of its pixels. Files are only read. It can be stopped, killed and
+repeated: the same command goes on, and looks again at what has changed since. What --decode found
+bad stays so without it. Written to DIR (by default NAME-check, here), which is one data set's:
 
     quarantine.jsonl  bad images with the reason, for data.quarantine; of train/ and val/ one each,
                       quarantine-train.jsonl and quarantine-val.jsonl: data.quarantine=DIR for both
@@ -35,7 +35,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from fastssl import check_duplicates, check_report, demo
+from fastssl import check_duplicates, check_report, demo, labelled
 from fastssl.check_image import SEEN, is_strict
 from fastssl.check_progress import Progress
 from fastssl.check_scan import Split, scan
@@ -48,7 +48,9 @@ QUARANTINE = "pipelines.readers.quarantine"
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what `run` wants to be given."""
-    parser.add_argument("folder", metavar="FOLDER", help="of images, or of train/ and val/")
+    parser.add_argument(
+        "folder", metavar="FOLDER", help="of images, or of train/ and val/ (or validation/, test/)"
+    )
     parser.add_argument("overrides", nargs="*", metavar="data.key=value", help="of the reader")
     parser.add_argument("--decode", action="store_true", help="whole images, not headers alone")
     parser.add_argument("--out", metavar="DIR", help="default: NAME-check in this folder")
@@ -153,7 +155,7 @@ def _write_all(splits: list[Split], out: Path, decoder: str | None) -> None:
     for split, each in zip(splits, found, strict=True):
         for text in check_report.table(each, split.name or split.samples.root):
             _say(text)
-    _say(check_report.duplicates_line(counts, len(splits)))
+    _say(check_report.duplicates_line(counts, [split.name for split in splits]))
     if any(split.bad for split in splits):
         _say(f"leave the bad ones out with data.quarantine={shlex.quote(str(advised))}")
     _say(f"for a recipe: {recipe}; all numbers: {out / 'report.json'}")
@@ -193,14 +195,14 @@ def _images(folder: str, options: Any) -> str:
 
 
 def _roots(folder: str) -> dict[str, str]:
-    """The folder, or train/ and val/ in it, by the names of the splits.
+    """The folder, or train/ and all that may be its val/ in it, by the names of the splits.
 
     Raises:
         ValueError: it is a store.
     """
-    names = ("train", "val")
-    roots = {name: os.path.join(folder, name) for name in names}
-    if not all(map(os.path.isdir, roots.values())):
+    roots = {name: os.path.join(folder, name) for name in ("train", *labelled.second())}
+    roots = {name: root for name, root in roots.items() if os.path.isdir(root)}
+    if "train" not in roots or len(roots) < 2:
         roots = {"": folder}
     for root in roots.values():
         if all(os.path.exists(os.path.join(root, name)) for name in ("manifest.json", "index")):

@@ -18,7 +18,7 @@ class Counts:
     groups: int = 0
     superfluous: int = 0  # images: all of a group but one
     bytes: int = 0  # of these
-    across: int = 0  # groups with images of both splits: a test on what was learnt
+    across: int = 0  # groups with images of several splits: a test on what was learnt
     classes: int = 0  # groups whose images are in different classes
 
 
@@ -57,7 +57,7 @@ def write(splits: list[Split], file: TextIO) -> Counts:
         counts.superfluous += len(group) - 1
         counts.bytes += size * (len(group) - 1)
         counts.across += len({split.name for split, _ in group}) > 1
-        counts.classes += len(set(labels)) > 1
+        counts.classes += len({*labels} - {None}) > 1  # a test split may have none
     return counts
 
 

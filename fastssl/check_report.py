@@ -130,16 +130,18 @@ def shown(name: str) -> str:
     return name if name.isprintable() else ascii(name)
 
 
-def duplicates_line(counts: Counts, splits: int) -> str:
-    """What was found of equal files, for people."""
+def duplicates_line(counts: Counts, splits: list[str]) -> str:
+    """What was found of equal files, for people; `splits`: their names."""
     if not counts.groups:
         return "duplicates: none"
     line = (
         f"duplicates: {counts.superfluous:,} files of {counts.bytes / 1e6:,.1f} MB are copies of"
         f" {counts.groups:,} others"
     )
-    if splits > 1:
-        line += f"; {counts.across:,} images are both in train and in val"
+    if len(splits) == 2:
+        line += f"; {counts.across:,} images are both in {splits[0]} and in {splits[1]}"
+    elif len(splits) > 2:
+        line += f"; {counts.across:,} images are in more than one of {', '.join(splits)}"
     if counts.classes:
         line += f"; {counts.classes:,} lie in different classes"
     return line

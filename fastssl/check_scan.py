@@ -36,7 +36,7 @@ _MOST_LOST = 16  # workers lost to one file after the other; more is no chance o
 class Split:
     """A listing, and what was found of its files."""
 
-    name: str  # "train", "val"; "" where there is but one
+    name: str  # "train", "val", ...; "" where there is but one
     samples: Any  # of the folder reader
     records: np.ndarray = field(init=False)  # RECORD [rows]: 64 bytes a row
     bad: dict[int, str] = field(init=False)  # rows, with the reason
@@ -51,7 +51,7 @@ class Split:
         self.records["state"][list(self.bad)] = BAD
 
     def shown_name(self, row: int) -> bytes:
-        """From the folder that was given, which may hold two splits."""
+        """From the folder that was given, which may hold several splits."""
         return self.prefix + self.samples.names[row]
 
     @property

@@ -3,6 +3,7 @@
 Each is what the reader reads: a folder of classes, a store, a dataset, or a list (train.csv).
 """
 
+import importlib
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
@@ -11,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-SECOND = ("val", "validation", "test")  # what the split that is not trained on may be called
 LISTS = (".txt", ".csv", ".tsv", ".parquet")
 
 
@@ -36,7 +36,8 @@ def splits(
         reader: pipelines/readers/*.
         data: its options; `root` is the folder, or the s3:// url, around train and val. What else
             they say holds for both, but for subsets and the quarantine, which are train's: a
-            quarantine is val's too if it is a folder that holds quarantine-val.jsonl.
+            quarantine is val's too if it is a folder that holds quarantine-val.jsonl (or
+            quarantine-test.jsonl, as the split is called).
         cache: where the reader keeps listings.
         say: told what the user should know.
 
@@ -53,7 +54,7 @@ def splits(
             f"{root} is one list: give the folder that holds two, train{Path(root).suffix} and"
             f" val{Path(root).suffix}"
         )
-    at_train, at_val = place(root, ("train",)), place(root, SECOND)
+    at_train, at_val = place(root, ("train",)), place(root, second())
     at_train, at_val = at_train or f"{root}/train", at_val or f"{root}/val"
     train = _listed(reader, replace(data, root=at_train), cache, say)
     val = _listed(reader, whole(data, at_val), cache, say)
@@ -88,6 +89,11 @@ def splits(
     )
 
 
+def second() -> tuple[str, ...]:
+    """What the split that is not trained on may be called; the first that is there is taken."""
+    return importlib.import_module("pipelines.readers").SECOND  # beside us, not beneath
+
+
 def place(root: str, names: tuple[str, ...]) -> str | None:
     """Where a split lies: the first of `names` that is a folder in `root`, or a list (LISTS).
 
@@ -115,9 +121,9 @@ def whole(data: Any, root: str) -> Any:
 
     A quarantine of both splits, a folder that `fastssl.data check` wrote, stays.
     """
-    subsets = ("fraction", "per_class", "subset_seed")
-    quarantine = data.quarantine and Path(data.quarantine).expanduser() / "quarantine-val.jsonl"
-    if quarantine and not quarantine.is_file():
+    subsets = ("limit", "fraction", "per_class", "subset_seed")
+    folder = Path(data.quarantine or "").expanduser()
+    if not any((folder / f"quarantine-{name}.jsonl").is_file() for name in second()):
         subsets = (*subsets, "quarantine")
     defaults = {
         field.name: field.default
@@ -133,7 +139,9 @@ def _listed(
     root = Path(options.root)
     if not is_url(options.root) and not root.exists() and root.parent.is_dir():
         hint = (
-            f"; did you mean {root.parent.parent}?" if root.parent.name in ("train", "val") else ""
+            f"; did you mean {root.parent.parent}?"
+            if root.parent.name in ("train", *second())
+            else ""
         )
         raise ValueError(
             f"there is no folder {root}: {root.parent} must hold train/<class>/ and val/<class>/ "

@@ -27,6 +27,7 @@ from fastssl import machine
 
 # Batches between two in-memory DALI checkpoints: what is run again when a file can't be decoded.
 REPLAY = 64
+WITNESSES = 8  # images from elsewhere that are tried where a whole batch can't be decoded
 MOST = 1024  # threads, and batches made ahead: more is a slip of the finger
 
 
@@ -151,7 +152,7 @@ class Loader:
         labels int64 [B, ...]; an index int64 [B].
 
         Raises:
-            DataError: none of a batch's files can be read.
+            DataError: none of a batch's files can be read, and none of WITNESSES others.
         """
         with self._wait:
             while True:
@@ -294,6 +295,9 @@ class Loader:
         self._pipeline = None
         rows = list(dict.fromkeys(self._rows_or_others(self._at).tolist()))
         found = self._failures(rows)
+        if len(found) == len(rows):  # these files, or whatever there is?
+            self._refuse_outage(rows, found[rows[0]], error)
+            found = self._failures(rows)  # the disk may have come back in between
         if not found:
             # A network disk that failed for a moment; or no file's fault: a defect of the graph,
             # or the device's memory.
@@ -301,16 +305,25 @@ class Loader:
                 raise error
             self._unexplained = self._at
             return
-        if len(found) == len(rows):
-            path = self._samples.path(rows[0])
-            raise DataError(
-                f"{path}: can't be decoded ({found[rows[0]]}), and neither can any of the "
-                f"{len(rows)} files around it: is {self._samples.root} still there and readable?"
-            ) from error
         for row, reason in found.items():
             path = self._samples.path(row)
             self.skipped[row] = f"{path}: {reason}"
             self._say(f"data: skipping {path} from now on: can't be decoded ({reason})")
+
+    def _refuse_outage(self, rows: list[int], reason: str, error: RuntimeError) -> None:
+        """Looks for an image that can be decoded, where none of `rows` can.
+
+        Raises:
+            DataError: there is none among a few of those that are left, from all over the listing.
+        """
+        left = np.setdiff1d(self._samples.usable, [*self.skipped, *rows], assume_unique=True)
+        few = np.linspace(0, len(left) - 1, min(WITNESSES, len(left)), dtype=np.int64)
+        if all(self._failures([int(row)]) for row in left[few]):
+            raise DataError(
+                f"{self._samples.path(rows[0])}: can't be decoded ({reason}), and neither can any"
+                f" of {len(rows) - 1 + len(few)} other files that were tried: is"
+                f" {self._samples.root} still there and readable?"
+            ) from error
 
     def _failures(self, rows: list[int]) -> dict[int, str]:
         """The rows among `rows` that the graph can't be run on, with the reason in a line.

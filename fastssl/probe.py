@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from fastssl import distributed, labelled, loader, order
+from fastssl import distributed, labelled, loader, order, stopping
 from fastssl.labelled import Split
 from fastssl.neighbours import nearest, votes
 from fastssl.patch_network import Standardization
@@ -103,18 +103,39 @@ class Knn:
             train = replace(train, rows=train.rows[some], labels=train.labels[some])
         self._train, self._val, self._classes = train, val, len(classes)
 
-    def accuracies(self, backbone: nn.Module, accelerator: Accelerator) -> dict[int, float]:
-        """The accuracy (0 ... 1) for each number of neighbours, the same on every process."""
+    @property
+    def images(self) -> int:
+        """That are read each time, over all processes."""
+        return len(self._train.rows) + len(self._val.rows)
+
+    def accuracies(
+        self,
+        backbone: nn.Module,
+        accelerator: Accelerator,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> dict[int, float]:
+        """The accuracy (0 ... 1) for each number of neighbours, the same on every process.
+
+        Args:
+            backbone: left in training mode if it was.
+            accelerator: of this process.
+            stop: whether to give up, asked before each batch; the same on every process.
+
+        Raises:
+            stopping.Stopped: it was given up.
+        """
         distributed.copy_from_first(backbone.buffers())  # batch norm saw other images on each rank
         was_training = backbone.training
         backbone.eval()
-        train_ND, train_label_N, _ = self._features(
-            self._train, backbone, accelerator, is_shared=True
-        )
-        val_MD, val_label_M, is_counted_M = self._features(
-            self._val, backbone, accelerator, is_shared=False
-        )
-        backbone.train(was_training)
+        try:
+            train_ND, train_label_N, _ = self._features(
+                self._train, backbone, accelerator, stop, is_shared=True
+            )
+            val_MD, val_label_M, is_counted_M = self._features(
+                self._val, backbone, accelerator, stop, is_shared=False
+            )
+        finally:
+            backbone.train(was_training)
         counts = [min(each, len(train_ND)) for each in self._options.neighbours]
         similarity, labels = nearest([(train_ND, train_label_N)], val_MD, max(counts))
         given = votes(
@@ -134,7 +155,13 @@ class Knn:
 
     @torch.no_grad()
     def _features(
-        self, split: Split, backbone: nn.Module, accelerator: Accelerator, *, is_shared: bool
+        self,
+        split: Split,
+        backbone: nn.Module,
+        accelerator: Accelerator,
+        stop: Callable[[], bool],
+        *,
+        is_shared: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Unit features [N, D], labels [N] and which count [N].
 
@@ -163,6 +190,8 @@ class Knn:
         label_of_row = label_of_row.to(accelerator.device)
         features, labels, is_counted = [], [], []
         for step in range(len(plan)):
+            if stop():
+                raise stopping.Stopped
             tensors = next(batches)
             with accelerator.autocast():
                 output = represent(backbone, tensors, self._standardize)
@@ -195,5 +224,7 @@ def folder_of(options: Options, data: Any) -> str | None:
         return options.root
     root = Path(data.root).expanduser()
     name = root.stem if root.suffix in labelled.LISTS else root.name
-    has_val = name == "train" and labelled.place(str(root.parent), labelled.SECOND[:2]) is not None
+    has_val = (
+        name == "train" and labelled.place(str(root.parent), labelled.second()[:2]) is not None
+    )
     return str(root.parent) if has_val else None

@@ -8,6 +8,7 @@ does not say.
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import platform
@@ -16,12 +17,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import yaml
 
 from fastssl import checkpoint, regrouping
 from fastssl.config import FREE_ON_RESUME, RecipeError, defaults, differences
 
 _FILES = "file list"  # its name in a fingerprint
+USABLE = "which images are usable"  # the same; checkpoints of before it was compared lack it
 # A checkpoint's fingerprint is compared to it, together with the number of processes.
 _FREE = FREE_ON_RESUME | {regrouping.PARTS}
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # Lustre mounted without flock, some NFS
@@ -217,18 +220,34 @@ def compare_fingerprint(
         RecipeError: names each that differs, with both values.
     """
     free = regrouping.may_differ(saved, here)
-    unlike = [
-        f"  {name}: {saved.get(name, 'missing')} there, {here.get(name, 'missing')} here"
+    saved = {USABLE: here[USABLE], **saved} if USABLE in here else saved
+    unlike = {
+        name: f"  {name}: {saved.get(name, 'missing')} there, {here.get(name, 'missing')} here"
         for name in dict.fromkeys([*saved, *here])
         if name not in saved or name not in here or (saved[name] != here[name] and name not in free)
-    ]
+    }
     if unlike:
+        remedy = ""
+        if _FILES in unlike:
+            remedy = _lost(skipped or {})
+        elif USABLE in unlike:
+            remedy = (
+                "\n  the file of data.quarantine changed since, or other images can't be read, or"
+                " can again: undo that"
+            )
         raise RecipeError(
             "the checkpoint cannot be gone on from, since this start differs:\n"
-            + "\n".join(unlike)
-            + (_lost(skipped or {}) if saved.get(_FILES) != here.get(_FILES) else "")
+            + "\n".join(unlike.values())
+            + remedy
             + "\nmake them equal again, or start anew in another folder (train.out=...)"
         )
+
+
+def hash_of_rows(rows: np.ndarray, count: int) -> str:
+    """A short hash of which of `count` rows are in `rows`, int64; < 0.1 s for 13 million."""
+    is_in = np.zeros(count, bool)
+    is_in[rows] = True
+    return hashlib.blake2b(np.packbits(is_in).data, digest_size=8).hexdigest()
 
 
 def _lost(skipped: dict[int, str]) -> str:

@@ -306,6 +306,42 @@ def test_copies_are_found_and_nothing_else(tmp_path):
     assert quarantine.read(advised, str(root / "val")) == {}
 
 
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (("train", "test"), "1 images are both in train and in test"),
+        (("train", "validation"), "1 images are both in train and in validation"),
+        (("train", "val", "test"), "2 images are in more than one of train, val, test"),
+    ],
+)
+def test_splits_are_those_that_evaluation_takes(tmp_path, names, told, capsys):
+    one, other = encoded(), encoded(quality=50)
+    root = write(tmp_path / "images", {f"{name}/{name}.jpg": one for name in names})
+    write(root, {"train/a.jpg": encoded(quality=60), f"{names[1]}/a.jpg": other})
+    if len(names) == 3:
+        write(root, {"test/b.jpg": other, "test/bad.jpg": b"bad"})
+    found = check(root, tmp_path / "out")
+    said = capsys.readouterr().out
+    advised = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())["data"]
+
+    assert [*found["splits"]] == [*names]
+    assert told in said
+    assert advised["root"] == str(root / "train")
+    assert advised["quarantine"] == str(tmp_path / "out")
+    for name in names:
+        bad = quarantine.read(tmp_path / "out", str(root / name))
+        assert len(bad) == (len(names) == 3 and name == "test")
+
+
+def test_copies_in_a_split_without_classes_are_in_no_other_class(tmp_path):
+    one, other = encoded(), encoded(quality=50)
+    contents = {"train/a/1.jpg": one, "train/b/2.jpg": other, "test/3.jpg": one}
+    root = write(tmp_path / "images", contents)
+    found = check(root, tmp_path / "out")["duplicates"]
+
+    assert (found["groups"], found["across"], found["classes"]) == (1, 1, 0)
+
+
 def test_without_decoding_only_what_may_be_a_copy_is_read_as_a_whole(tmp_path):
     root = write(tmp_path / "images", {f"{k}.jpg": encoded(quality=50 + k) for k in range(8)})
     shutil.copy(root / "3.jpg", root / "copy.jpg")

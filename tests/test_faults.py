@@ -11,13 +11,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from fastssl import checkpoint, data, journal, train
+from pipelines.readers import quarantine
 from tests import few_images
 from tests.small_run import SMALL, STEPS, assert_same_run, lines, newest, stop_at
 
@@ -207,6 +209,30 @@ def test_a_run_whose_image_was_deleted_says_which_file_it_needs_to_go_on(
     assert list(state["ranks"][0]["loader"]["skipped"]) == [row]
 
 
+def test_a_run_whose_quarantine_names_another_image_now_is_refused_by_name(
+    images, command, tmp_path, monkeypatch, capsys
+):
+    every, listed = sorted(images.glob("*/*.jpg")), tmp_path / "quarantine.jsonl"
+
+    def leave_out(row: int) -> None:
+        name = str(every[row].relative_to(images)).encode()
+        listed.write_text(quarantine.line(name, "grey"))
+
+    given = command(images, f"data.quarantine={listed}")
+    leave_out(2)
+    stop_at(monkeypatch, 3, signal.SIGTERM)
+    assert train.main(given) == 75
+    monkeypatch.undo()
+    leave_out(39)
+    capsys.readouterr()
+    assert train.main(given) == 2
+    said = capsys.readouterr().err
+
+    assert "  which images are usable: " in said
+    assert "the file of data.quarantine changed since" in said
+    assert "file list" not in said
+
+
 @pytest.fixture
 def store(images, tmp_path) -> Path:
     """The forty images in one tar."""
@@ -262,15 +288,18 @@ def test_images_of_a_shard_that_is_overwritten_while_training_are_skipped_and_na
 
 
 @pytest.fixture(scope="module")
-def shim(tmp_path_factory, checkout) -> Path:
+def shim(checkout) -> Iterator[Path]:
     """Comes between a program and libc: see shim.c."""
     compiler = shutil.which("cc")
     if compiler is None:
         pytest.skip("a slow disk and a jumping clock need a C compiler")
-    path = tmp_path_factory.mktemp("shim") / "shim.so"
     source = checkout / "tests" / "shim.c"
-    subprocess.run([compiler, "-Wall", "-shared", "-fPIC", "-o", path, source, "-ldl"], check=True)
-    return path
+    built = [compiler, "-Wall", "-shared", "-fPIC", source, "-ldl"]
+    # LD_PRELOAD is split at blanks and colons, which $TMPDIR may have
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        path = Path(folder) / "shim.so"
+        subprocess.run([*built, "-o", path], check=True)
+        yield path
 
 
 def run(checkout: Path, arguments: list[str], environ: dict[str, str]) -> str:

@@ -6,7 +6,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +52,34 @@ def error(root: Path | str, **options) -> str:
 
 
 # The listing
+
+
+@pytest.mark.parametrize("seconds", [["val"], ["validation"], ["test"], ["test", "val"]])
+def test_splits_are_not_taken_for_classes(tmp_path: Path, seconds: list[str]):
+    root, cache = tmp_path / "images", tmp_path / "cache"
+    write(root, "train/a/1.jpg", *(f"{name}/a/1.jpg" for name in seconds))
+    folders = {1: f"train/ and {seconds[0]}/", 2: "train/, val/ and test/"}[len(seconds)]
+
+    for options in ({}, {"limit": 1}, {"cache": cache}, {"cache": cache}):
+        assert error(root, **options) == (
+            f"{root} holds {folders}: give one of them, such as {root}/train"
+        )
+
+
+@pytest.mark.parametrize(
+    ("others", "classes"),
+    [
+        ((), ("train",)),
+        (("bus/1.jpg", "val/1.jpg"), ("bus", "train", "val")),
+        (("bus/1.jpg",), ("bus", "train")),
+        (("val/1.jpg", "1.jpg"), ()),
+        (("val/README.txt",), ("train",)),
+    ],
+)
+def test_a_class_may_be_called_train(tmp_path: Path, others: tuple[str, ...], classes: tuple):
+    write(tmp_path, "train/1.jpg", *others)
+
+    assert listed(tmp_path)[0].classes == classes
 
 
 def test_rows_are_in_the_order_of_whole_names_whatever_the_folders(tmp_path: Path):
@@ -291,7 +319,10 @@ def as_ordinary_user() -> Iterator[None]:
     if os.geteuid() != 0:
         yield
         return
-    os.seteuid(65534)
+    try:
+        os.seteuid(65534)
+    except OSError:  # EINVAL in a container whose root is the only user
+        pytest.skip("there is no other user than root")
     try:
         yield
     finally:
@@ -301,9 +332,16 @@ def as_ordinary_user() -> Iterator[None]:
 @pytest.fixture
 def open_folder() -> Iterator[Path]:
     """A folder that every user can enter, which those of pytest are not."""
-    with tempfile.TemporaryDirectory() as path:
-        os.chmod(path, 0o755)
-        yield Path(path)
+    with ExitStack() as until_the_end:
+        for place in (None, "/tmp"):  # $TMPDIR may lie below a folder of root's own
+            path = until_the_end.enter_context(tempfile.TemporaryDirectory(dir=place))
+            os.chmod(path, 0o755)
+            with as_ordinary_user():
+                entered = os.path.exists(path)
+            if entered:
+                yield Path(path)
+                return
+        pytest.skip("no folder for temporary files is open to every user")
 
 
 def test_folders_and_files_that_must_not_be_read_are_named(open_folder: Path):

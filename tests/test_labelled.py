@@ -61,10 +61,10 @@ def test_a_subset_of_the_labels_is_one_of_train_and_val_stays_whole(data):
     assert len(val.rows) == 9
 
 
-def test_a_limit_holds_for_both(data):
+def test_a_limit_too_is_of_train_alone(data):
     train, val, _ = splits(data, limit=8)
 
-    assert (len(train.rows), len(val.rows)) == (8, 8)
+    assert (len(train.rows), len(val.rows)) == (8, 9)
 
 
 def test_a_quarantine_is_of_train_and_a_folder_of_them_of_both(data, tmp_path):
@@ -81,6 +81,20 @@ def test_a_quarantine_is_of_train_and_a_folder_of_them_of_both(data, tmp_path):
     assert kept.quarantine == str(tmp_path)
     (tmp_path / "quarantine-val.jsonl").unlink()
     assert labelled.whole(both, str(data)).quarantine is None
+
+
+@pytest.mark.parametrize("name", ["validation", "test"])
+def test_a_folder_of_quarantines_holds_whatever_val_is_called(data, tmp_path, name):
+    (data / "val").rename(data / name)
+    first = sorted((data / name).rglob("*.jpg"))[0]
+    line = quarantine.line(str(first.relative_to(data / name)).encode(), "grey")
+    (tmp_path / f"quarantine-{name}.jsonl").write_text(line)
+    (tmp_path / "quarantine-train.jsonl").write_text("")
+    both = folder.Options(root=str(data), quarantine=str(tmp_path))
+    train, val, _ = splits(data, quarantine=str(tmp_path))
+
+    assert (len(train.rows), len(val.rows)) == (21, 8)
+    assert labelled.whole(both, str(data)).quarantine == str(tmp_path)
 
 
 def test_no_labels_are_refused(data):

@@ -225,13 +225,57 @@ def test_a_disk_that_fails_for_a_moment_costs_no_image(images, monkeypatch):
     assert (batches.skipped, said) == ({}, [])
 
 
-def test_a_folder_that_vanishes_while_training_is_an_error_that_names_it(images):
-    batches = loader(listing(images))
+@pytest.mark.parametrize("batch", [1, 2])
+def test_bad_files_that_make_up_a_batch_are_skipped_as_others_are(images, batch):
+    gone = order.shuffled(COUNT, 7, 0, 0, 1, batch)[3].tolist()
+    for row in gone:
+        damage(images / f"{row:03}.jpg")
+    samples, said, single = listing(images), [], (single_view, SINGLE)
+    through = loader(samples, batch=batch, graph=single, said=said)
+    begin = take(through, 2)
+    before = through.state()
+    begin += take(through, 3)
+    resumed = [loader(samples, batch=batch, graph=single) for _ in range(2)]
+    for each, state in zip(resumed, (before, through.state()), strict=True):
+        each.resume(state)
+    rest = take(through, COUNT // batch - 5)
+    seen = torch.cat([each["index"] for each in begin + rest]).tolist()
+
+    assert sorted(through.skipped) == sorted(gone)
+    assert len(said) == batch
+    assert {*seen} == {*range(COUNT)} - {*gone}
+    assert_same(take(resumed[0], 8), (begin + rest)[2:10])
+    assert_same(take(resumed[1], 5), rest[:5])
+
+
+def test_a_disk_that_comes_back_while_a_batch_is_looked_at_costs_no_image(images, monkeypatch):
+    samples, usual = listing(images), Loader._refuse_outage
+    wanted = take(loader(samples), 8)
+    aside = images.with_name("aside")
+
+    def back_again(self, rows, reason, error):
+        aside.rename(images)
+        usual(self, rows, reason, error)
+
+    monkeypatch.setattr(Loader, "_refuse_outage", back_again)
+    batches = loader(samples)
+    first = take(batches, 1)
+    images.rename(aside)
+
+    assert_same(first + take(batches, 7), wanted)
+    assert not aside.exists()  # it did fail
+    assert batches.skipped == {}
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_a_folder_that_vanishes_while_training_is_an_error_that_names_it(images, batch):
+    batches = loader(listing(images), batch=batch)
     take(batches, 1)
     shutil.rmtree(images)
 
     with pytest.raises(DataError, match=r"is .*images still there and readable"):
         take(batches, 20)
+    assert batches.skipped == {}
 
 
 def test_a_graph_that_can_not_be_built_is_no_files_fault(images):
@@ -293,6 +337,9 @@ def test_without_threads_all_cores_allowed_are_taken(images, threads, taken):
 def test_a_closed_loader_frees_its_threads_and_goes_on_where_it_was(images):
     samples = listing(images)
     through, closed = loader(samples), loader(samples)
+    other = loader(samples)
+    take(other, 2)  # the process's first loader starts threads that stay
+    other.close()
     gc.collect()  # what earlier tests dropped
     before = threads_of_this_process()
     take(closed, 2)

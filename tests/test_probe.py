@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from fastssl import labelled, probe
+from fastssl import labelled, probe, stopping
 from fastssl.config import Part
 from fastssl.head_probe import HeadProbe
 from fastssl.loader import Options
@@ -63,15 +63,18 @@ class Second(torch.nn.Module):
         return torch.tensor([[0.0, 1.0, 0.0]]).expand(len(image), 3)
 
 
-def head_accuracy(root: Path, batch: int) -> float:
+def head(root: Path, batch: int) -> HeadProbe:
     _, val, classes = labelled.splits(
         folder, folder.Options(root=str(root)), cache=None, say=lambda _: None
     )
     options = evaluation.Options(resize=36, crop=32)
     graph = Part("pipelines.evaluation", evaluation, options)
     loading = Options(threads=1)
-    made = HeadProbe(val, classes, graph, batch=batch, loading=loading, say=lambda _: None)
-    top1, top5 = made.accuracies(Second(), Accelerator(cpu=True))
+    return HeadProbe(val, classes, graph, batch=batch, loading=loading, say=lambda _: None)
+
+
+def head_accuracy(root: Path, batch: int) -> float:
+    top1, top5 = head(root, batch).accuracies(Second(), Accelerator(cpu=True))
 
     assert top5 == 1
     return top1
@@ -134,6 +137,29 @@ def test_a_probe_changes_nothing_in_the_network_or_the_random_state(data):
 
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
+
+
+@pytest.mark.parametrize("asked", [1, 2, 5, 8, 9])  # batches: 6 of train, and 3 of val
+def test_a_probe_is_given_up_at_the_batch_at_which_it_is_asked_to(data, asked):
+    left = asked
+
+    def stop() -> bool:
+        nonlocal left
+        left -= 1
+        return left == 0
+
+    backbone = tiny().train()
+    with pytest.raises(stopping.Stopped):
+        make(data, batch=4).accuracies(backbone, Accelerator(cpu=True), stop)
+
+    assert left == 0
+    assert backbone.training
+    if asked <= 3:
+        left, second = asked, Second().train()
+        with pytest.raises(stopping.Stopped):
+            head(data, batch=4).accuracies(second, Accelerator(cpu=True), stop)
+        assert left == 0
+        assert second.training
 
 
 @pytest.mark.parametrize("how", ["joint", "global"])

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -418,6 +419,17 @@ def test_everything_that_differs_from_the_checkpoint_is_named():
         "  a file was added, deleted, renamed or replaced by one of another size since: undo that",
         "make them equal again, or start anew in another folder (train.out=...)",
     ]
+
+
+def test_other_usable_images_are_refused_with_the_remedy_but_old_checkpoints_say_nothing_of_it():
+    before, now = (run_folder.hash_of_rows(np.delete(np.arange(40), row), 40) for row in (2, 39))
+    here = {"file list": "3f", "usable images": 39, "which images are usable": now}
+
+    run_folder.compare_fingerprint({"file list": "3f", "usable images": 39}, here)
+    run_folder.compare_fingerprint(here, here)
+    with pytest.raises(RecipeError, match=r"data\.quarantine changed since") as error:
+        run_folder.compare_fingerprint({**here, "which images are usable": before}, here)
+    assert f"  which images are usable: {before} there, {now} here\n" in str(error.value)
 
 
 PARTS = {"processes": 4, "train.accumulate": 1, "train.batch": 64, "file list": "3f"}

@@ -15,3 +15,5 @@ A reader file offers
 A row stands for the same image in every run. Wrong input is a ValueError, before training, that
 names the place, what was found and the remedy. Nothing here imports torch or fastssl.
 """
+
+SECOND = ("val", "validation", "test")  # what the split beside train/ may be called; the first wins

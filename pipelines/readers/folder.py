@@ -19,7 +19,7 @@ import numpy as np
 from nvidia.dali.data_node import DataNode
 
 from pipelines.images import Decoding, Image
-from pipelines.readers import contents, headers, listing, quarantine, scan, subset
+from pipelines.readers import SECOND, contents, headers, listing, quarantine, scan, subset
 from pipelines.readers.listing import Listing
 from pipelines.readers.names import Names, few, shown
 from pipelines.readers.walk import cannot_read
@@ -103,9 +103,9 @@ def list_samples(options: Options, *, cache: Path | None, say: Callable[[str], N
         say: is called with single lines for the user, such as progress.
 
     Raises:
-        ValueError: there is no such folder, it cannot be read, it holds no usable image, or, with
-            `bad: error`, any file in it is bad; or a subset can't be taken, or there is no such
-            quarantine file.
+        ValueError: there is no such folder, it cannot be read, it holds no usable image, or those
+            of train/ and val/ in place of classes, or, with `bad: error`, any file in it is bad; or
+            a subset can't be taken, or there is no such quarantine file.
     """
     root = os.path.abspath(os.path.expanduser(options.root))
     _check_root(root)
@@ -139,6 +139,7 @@ def list_samples(options: Options, *, cache: Path | None, say: Callable[[str], N
             files = listing.keep(path, files, usable, labels, classes, say)
             usable, labels, classes = _uses(files, both)
         listing.tell_checked(path, files)
+    _refuse_splits(root, classes)
     _report(root, options, files, bad, len(unasked), say)
     return _samples(root, options, files, both, usable, labels, classes)
 
@@ -182,6 +183,16 @@ def _check_root(root: str) -> None:
         raise ValueError(f"data.root: there is no folder {root}, only {parent}") from None
     except OSError as error:
         raise ValueError(cannot_read(root, error)) from None
+
+
+def _refuse_splits(root: str, classes: tuple[str, ...]) -> None:
+    """Train/ beside val/ would be taken for two classes, and the test for what to learn from."""
+    splits = [f"{name}/" for name in ("train", *SECOND) if name in classes]
+    if "train" in classes and len(splits) == len(classes) > 1:
+        raise ValueError(
+            f"data.root: {root} holds {', '.join(splits[:-1])} and {splits[-1]}: give one of them,"
+            f" such as {os.path.join(root, 'train')}"
+        )
 
 
 def _read_headers(
