@@ -35,16 +35,15 @@ from accelerate.utils import set_seed
 from rich.console import Console
 from rich.table import Table as Printed
 
-from fastssl import demo, distributed, features, launcher, loader, starting, trained
+from fastssl import demo, distributed, failures, features, launcher, loader, starting, trained
 from fastssl.config import Part, RecipeError
-from fastssl.evaluation_task import Cell, Table, Task
+from fastssl.evaluation_task import READER, Cell, Table, Task
 from fastssl.recipe_check import Schema, check, make, schema_of_part, schema_of_settings
 from fastssl.recipe_text import Entry, did_you_mean, in_yaml, read_overrides
 from fastssl.trained import Trained
 
 WHAT = ("linear", "knn", "svm", "fewlabels", "detect", "analyze", "sweep")
 TAKE_A_RECIPE = ("sweep",)  # in the place of RUNs: they train what they evaluate
-READER = "pipelines.readers.folder"
 GRAPHS = (("Options", "graph"), "pipelines.evaluation")
 READERS = (("Options", "list_samples", "source"), READER)
 
@@ -112,7 +111,7 @@ def failed(error: ValueError | OSError) -> int:
     if starting.environment("LOCAL_RANK", 0) == 0 or is_own:
         where = f" (rank {rank} on {platform.node()})" if rank else ""
         print(f"error{where}: {error}", file=sys.stderr, flush=True)
-    return 2 if isinstance(error, ValueError) else 1
+    return 2 if failures.is_mistake(error) else 1
 
 
 def evaluate(what: str, arguments: Sequence[str], until_the_end: contextlib.ExitStack) -> int:
@@ -136,10 +135,7 @@ def evaluate(what: str, arguments: Sequence[str], until_the_end: contextlib.Exit
     on_cpu = starting.on_cpu()
     precision = starting.mixed_precision(options.precision, on_cpu, key="evaluate.precision")
     reader, is_demo = settings["data"]
-    if is_demo:
-        say("data.root is not given: the built-in images are used")
-        demo.render(say=say_here)
-    runs = tuple(
+    loaded = [
         trained.load(
             name,
             seed=options.seed,
@@ -148,11 +144,15 @@ def evaluate(what: str, arguments: Sequence[str], until_the_end: contextlib.Exit
             data_root=None if is_demo else reader.options.root,
         )
         for name, backbone in zip(names, settings["backbone"], strict=True)
-    )
-    graphs = [_graph(run, settings["evaluation"]) for run in runs]
+    ]
+    runs = _told_apart(names, loaded)
+    graphs = tuple(_graph(run, settings["evaluation"]) for run in runs)
     outs = tuple(_out(options, run, runs) for run in runs)
     for run, graph in zip(runs, graphs, strict=True):
         _say_what_is_assumed(run, graph, settings["evaluation"], say)
+    if is_demo:
+        say("data.root is not given: the built-in images are used")
+        demo.render(say=say_here)
 
     # ---- Devices and processes ----------------------------------------------------------------
     accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision)
@@ -181,6 +181,7 @@ def evaluate(what: str, arguments: Sequence[str], until_the_end: contextlib.Exit
                 say=say,
                 runs=runs,
                 outs=outs,
+                graphs=graphs,
             )
             table = joined(table, module.evaluate(task, settings[what]), run)
             run.backbone.cpu()  # room for the next
@@ -268,6 +269,11 @@ def _read(what: str, module: Any, arguments: Sequence[str]) -> tuple[list[str], 
     schemas = {name: schema_of_settings(name, its) for name, its in SETTINGS.items()}
     schemas[what] = schema_of_settings(what, module.Options)
     sections = ("data", "evaluation", "backbone", *schemas)
+    meant = [each for each in names if _is_option(each, sections)]
+    for each in meant:
+        key, equals, value = each.lstrip("-").partition("=")
+        errors.append(f"{each}: no RUN; write {key}={value if equals else '...'}")
+    names = [each for each in names if each not in meant]
     entries = read_overrides(overrides, sections, errors)
     made: dict[str, Any] = {"evaluation": entries["evaluation"]}
     for section, schema in schemas.items():
@@ -290,6 +296,12 @@ def _read(what: str, module: Any, arguments: Sequence[str]) -> tuple[list[str], 
     if errors:
         raise RecipeError("\n".join(dict.fromkeys(errors)))
     return names, made
+
+
+def _is_option(name: str, sections: Sequence[str]) -> bool:
+    """Whether section.key=value was meant: it begins as other programs' options do, or lacks =."""
+    section, point, _ = name.partition(".")
+    return not Path(name).exists() and (name.startswith("-") or bool(point and section in sections))
 
 
 def _data(entries: dict[str, Entry], errors: list[str]) -> tuple[Part | None, bool]:
@@ -333,7 +345,9 @@ def _graph(run: Trained, entries: dict[str, Entry]) -> Part:
 def _say_what_is_assumed(
     run: Trained, graph: Part, entries: dict[str, Entry], say: Callable[[str], None]
 ) -> None:
-    """Where neither RUN nor command line says how images are prepared."""
+    """Where the publisher does otherwise, or neither RUN nor command line says how it is done."""
+    if run.otherwise and graph.use == trained.GRAPH:
+        say(f"{run.name}: its publisher prepares images otherwise: {run.otherwise}")
     if run.preprocessing[1] or "use" in entries:
         return
     assumed = {key: v for key, v in asdict(graph.options).items() if key not in entries}
@@ -352,6 +366,36 @@ def _part(schema: Schema, options: Any) -> Part:
 
 def _entry(place: str, text: str) -> Entry:
     return Entry(yaml.ScalarNode("tag:yaml.org,2002:str", text, style="'"), place, "command line")
+
+
+def _told_apart(names: Sequence[str], runs: Sequence[Trained]) -> tuple[Trained, ...]:
+    """Those of one name get as many folders that they lie in before it as tell them apart.
+
+    Args:
+        names: as written on the command line, no two the same; they serve where folders don't.
+        runs: what they name.
+    """
+    told = [run.name for run in runs]
+    for name in {each for each in told if told.count(each) > 1}:
+        alike = [number for number, run in enumerate(runs) if run.name == name]
+        parents = [_place(names[number]).parent.parts[1:] for number in alike]
+        own = name.removeprefix("random:")
+        random = name.removesuffix(own)
+        for count in range(1, 1 + max(map(len, parents))):
+            longer = [random + "/".join([*each[-count:], own]) for each in parents]
+            if len(set(longer)) == len(longer):
+                break
+        else:  # one network, in several words
+            longer = [names[number] for number in alike]
+        for number, each in zip(alike, longer, strict=True):
+            told[number] = each
+    return tuple(dataclasses.replace(run, name=each) for run, each in zip(runs, told, strict=True))
+
+
+def _place(name: str) -> Path:
+    """The folder or file that a RUN names; of the two files of a run folder, the folder."""
+    path = Path(name.removeprefix("random:")).expanduser().resolve()
+    return path.parent if path.name in ("backbone.json", "backbone.safetensors") else path
 
 
 def _out(options: Options, run: Trained, runs: Sequence[Trained]) -> Path:

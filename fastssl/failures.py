@@ -28,6 +28,16 @@ def is_of_others(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
+def is_mistake(error: BaseException) -> bool:
+    """Whether the user's input is at fault, and not a store that went away when it was read."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ConnectionError):
+            return False
+        cause = cause.__cause__
+    return isinstance(error, ValueError)
+
+
 def told(error: BaseException) -> str | None:
     """A line for the user; None where a traceback is due."""
     lines = str(error).splitlines()  # C++ frames follow the first

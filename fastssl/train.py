@@ -14,7 +14,7 @@ import platform
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,7 @@ from fastssl.loader import Options as LoaderOptions
 from fastssl.memory import Memory
 from fastssl.rehearsal import rehearse, rehearse_probe
 
+MANY = 5000  # images of a probe, from which on it is said that they are being read
 COLLAPSED = 0.03  # std of the embeddings, where 1 is spread out and 0 a single point
 
 
@@ -100,7 +101,7 @@ def start(load: Callable[[], Recipe]) -> int:
         if starting.environment("LOCAL_RANK", 0) == 0 or is_own or failures.is_of_memory(error):
             where = f" (rank {rank} on {platform.node()})" if rank else ""
             print(f"error{where}: {said}", file=sys.stderr, flush=True)
-        return 2 if isinstance(error, ValueError) else 1
+        return 2 if failures.is_mistake(error) else 1
     except KeyboardInterrupt:
         print("interrupted while starting: what was saved before is as it was", file=sys.stderr)
         return 130
@@ -176,6 +177,7 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
     fingerprint = {
         "file list": samples.fingerprint,
         "usable images": len(usable),
+        run_folder.USABLE: run_folder.hash_of_rows(usable, len(samples)),
         "processes": world,
         "train.batch": options.batch,
         "train.accumulate": options.accumulate,
@@ -204,7 +206,7 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
                     standardize=representation.standardization(recipe.values),
                 )
     except ValueError as error:
-        if recipe.probe.root is not None:
+        if recipe.probe.root is not None or not failures.is_mistake(error):
             raise
         say(f"probe: none beside data.root ({error})")
     if folder is None:
@@ -272,7 +274,8 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
     if fingerprint != of_first:  # each machine lists its own copy of the images
         raise config.RecipeError(
             f"{samples.root} on {platform.node()} (rank {rank}) is not what rank 0 sees: "
-            f"{fingerprint} here, {of_first} there; give every machine the same files and devices"
+            f"{fingerprint} here, {of_first} there; give every machine the same files, "
+            "quarantine and devices"
         )
 
     # ---- Data ----------------------------------------------------------------------------------
@@ -416,20 +419,41 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
             raise Diverged(at, losses[bad], whole, samples.path, is_saved=is_saved)
         return losses
 
-    def measure() -> None:
-        """The accuracy of the head, and of the backbone by kNN, into the journal."""
-        if head is not None:
-            top1, top5 = head.accuracies(objective, accelerator)
-            log.probe(step, "val", {"accuracy": top1, "top5": top5})
-            log.say(f"step {step}: accuracy on val {top1:.1%}, top-5 {top5:.1%}")
-        if knn is None:
-            return
-        accuracies = knn.accuracies(backbone, accelerator)
-        (k, accuracy), *others = accuracies.items()
-        line = {"accuracy": accuracy, "neighbours": k}
-        log.probe(step, "knn", line | {f"accuracy_k{k}": value for k, value in others})
-        log.say(f"step {step}: kNN accuracy (k = {k}) {accuracy:.1%}")
-        model.train()  # what an objective keeps frozen too
+    # Names of probes whose lines an earlier start has written at the step that this one begins at.
+    measured = (step, set[str]())
+    if rank == 0 and start is not None:
+        measured = (step, _measured({out, start.parent.parent}, step))
+    measured = distributed.object_from_first(measured, control)
+
+    def measure() -> bool:
+        """The accuracy of the head, and of the backbone by kNN, into the journal.
+
+        Returns:
+            Whether that is done; not where a signal asks to stop meanwhile.
+        """
+        known = measured[1] if step == measured[0] else ()
+        by_head = None if "val" in known else head
+        by_knn = None if "knn" in known else knn
+        images = sum(each.images for each in (by_head, by_knn) if each is not None)
+        if images >= MANY:
+            log.say(f"step {step}: measuring on {images:,} images")
+        asked = functools.partial(stop.agreed, control)
+        try:
+            if by_head is not None:
+                top1, top5 = by_head.accuracies(objective, accelerator, asked)
+                log.probe(step, "val", {"accuracy": top1, "top5": top5})
+                log.say(f"step {step}: accuracy on val {top1:.1%}, top-5 {top5:.1%}")
+            if by_knn is not None:
+                accuracies = by_knn.accuracies(backbone, accelerator, asked)
+                (k, accuracy), *others = accuracies.items()
+                line = {"accuracy": accuracy, "neighbours": k}
+                log.probe(step, "knn", line | {f"accuracy_k{k}": value for k, value in others})
+                log.say(f"step {step}: kNN accuracy (k = {k}) {accuracy:.1%}")
+        except stopping.Stopped:
+            return False
+        finally:
+            model.train()  # what an objective keeps frozen too
+        return True
 
     # ---- Train loop ----------------------------------------------------------------------------
     log.say(
@@ -460,7 +484,8 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is in its environment and --rdzv-backend is c10d"
         )
     stop = until_the_end.enter_context(stopping.signals())
-    if start is None:
+    is_due = _due(step, steps_per_epoch, recipe.probe.every_epochs)
+    if step == 0 or (is_due and step < steps):  # not yet, where the start before was stopped in it
         measure()
     tensors: dict[str, Tensor] = {}
     began, begun_at = time.perf_counter(), step
@@ -531,13 +556,13 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
                 f"that of guessing ({line['chance']:.2%}): the task is not being learnt; another "
                 "optim.lr, a longer warm-up or an easier task (fewer classes) may help"
             )
-        if to_probe:  # before the checkpoint: a run killed between the two repeats both
-            measure()
         if to_save:
             try:
                 save()
             except checkpoint.CheckpointError as error:  # the next one may find room again
                 log.say(f"warning: {error}")
+        if to_probe:  # behind the checkpoint: the start after one that ended in it makes up for it
+            measure()
         began, begun_at = time.perf_counter(), step  # neither is training time
         loader.data_wait()
 
@@ -547,17 +572,16 @@ def train(recipe: Recipe, until_the_end: contextlib.ExitStack) -> int:
     written = save()
     if control is not None:
         dist.barrier(group=control)  # a process that ends early has its launcher end the others
-    if step < steps:
+    if step < steps or not measure():
         log.say(f"stopped by {stop.name} at step {step} of {steps}; {written} holds it all:")
         log.say("the same command goes on from there")
-    else:
-        measure()
-        if rank == 0:
-            if "scores" in vars(recipe.objective.module.Objective):
-                classifier.save_head(out, objective.head, samples.classes)
-            backbone_file.save_backbone(out, backbone, recipe, step=step)
-            _last_words(out, log, "random network" if options.weights is None else "at the start")
-    return stopping.STOPPED if step < steps else 0
+        return stopping.STOPPED
+    if rank == 0:
+        if "scores" in vars(recipe.objective.module.Objective):
+            classifier.save_head(out, objective.head, samples.classes)
+        backbone_file.save_backbone(out, backbone, recipe, step=step)
+        _last_words(out, log, "random network" if options.weights is None else "at the start")
+    return 0
 
 
 def _is_chance(line: dict[str, Any], answers: float) -> bool:
@@ -617,6 +641,12 @@ def _cannot_restart(world: int) -> bool:
 
 def _due(step: int, steps_per_epoch: int, every_epochs: int) -> bool:
     return every_epochs > 0 and step % (steps_per_epoch * every_epochs) == 0
+
+
+def _measured(folders: Collection[Path], step: int) -> set[str]:
+    """The probes of which these run folders have the step's lines; others' lines name a stage."""
+    every = [line for folder in folders for line in journal.read(folder) if line["step"] == step]
+    return {line["probe"] for line in every if "probe" in line and "stage" not in line}
 
 
 def _means(metrics: list[dict[str, Tensor]]) -> dict[str, float]:

@@ -3,13 +3,13 @@
 import http.client
 import os
 import random
-import socket
+import re
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,11 @@ KEYS = {"AWS_ACCESS_KEY_ID": "somebody", "AWS_SECRET_ACCESS_KEY": "secret"}
 @contextmanager
 def store(folder: Path) -> Iterator[str]:
     """The endpoint of a new server with an empty bucket; `folder` takes what it prints."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"]
     with open(folder / "moto.log", "wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=_environment())
     try:
-        _wait(process, port, folder / "moto.log")
-        endpoint = f"http://127.0.0.1:{port}"
+        endpoint = _endpoint(process, folder / "moto.log")
         with client(endpoint) as speaker:
             speaker.create_bucket(Bucket=BUCKET)
         yield endpoint
@@ -210,11 +207,14 @@ def _environment() -> dict[str, str]:
     return kept | {"OMP_NUM_THREADS": "1"}
 
 
-def _wait(process: "subprocess.Popen[bytes]", port: int, log: Path) -> None:
-    for _ in range(600):
+def _endpoint(process: "subprocess.Popen[bytes]", log: Path) -> str:
+    """Where it listens, as it says itself: a port that it was given nobody else can take."""
+    deadline = time.monotonic() + 300  # moto's import alone has been seen to take 25 s
+    while time.monotonic() < deadline:
         if process.poll() is not None:
             break
-        with suppress(OSError), socket.create_connection(("127.0.0.1", port), 0.1):
-            return
+        told = re.search(r"Running on (http://127\.0\.0\.1:\d+)\b", log.read_text())
+        if told is not None:
+            return told[1]
         time.sleep(0.1)
     raise AssertionError(f"moto did not start: {log.read_text()[-2000:]}")

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fastssl import config, failures, train
+from fastssl import config, evaluate, failures, train
 from fastssl.checkpoint import CheckpointError
 
 
@@ -114,3 +114,23 @@ def test_images_that_are_lost_while_training_are_no_mistake_in_the_recipe(tmp_pa
     assert not isinstance(lost, ValueError)  # which ends with 2
     assert str(lost).endswith("the same command starts anew: nothing was saved yet)")
     assert str(gone_on).endswith(f"the same command goes on from {tmp_path}/step-00000004.pt)")
+
+
+def test_a_store_that_went_away_is_no_mistake_however_it_is_told():
+    class Away(ValueError, ConnectionError):
+        pass
+
+    try:
+        try:
+            raise Away("s3://b/k: the store answered 503")
+        except ValueError as error:
+            raise ValueError(f"data.root: {error}") from error
+    except ValueError as error:
+        told = error
+
+    assert not failures.is_mistake(told)
+    assert not failures.is_mistake(Away("503"))
+    assert not failures.is_mistake(OSError("full"))
+    assert failures.is_mistake(config.RecipeError("no such key"))
+    assert evaluate.failed(told) == 1
+    assert evaluate.failed(config.RecipeError("no such key")) == 2

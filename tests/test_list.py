@@ -401,11 +401,18 @@ def test_roots_that_are_no_lists_are_named_with_what_to_do(root):
         ({"root": "a", "listing": "x"}, "listing ('x') must be 'check' or 'trust'"),
         ({"root": "a", "bad": "x"}, "bad ('x') must be 'skip' or 'error'"),
         ({"root": "a", "retries": -1}, "retries (-1) must be at least 0"),
+        ({"root": "a", "requests": 0}, "requests (0) must be in 1 ... 1024"),
     ],
 )
 def test_options_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         list_reader.Options(**options)
+
+
+def test_how_often_and_how_long_an_object_store_is_asked_is_as_told():
+    asked = {"retries": 3, "timeout_s": 2.0, "requests": 4}
+
+    assert vars(list_reader.Options(root="a", **asked).access()) == asked
 
 
 def test_columns_are_for_tables(root):

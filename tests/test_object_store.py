@@ -20,7 +20,8 @@ from tests import object_server
 URL = f"s3://{object_server.BUCKET}"
 SIZE = 3_000_000
 CALM = Access(retries=3, requests=4)
-QUICK = Access(retries=3, timeout_s=0.5, requests=4)  # where nothing comes on purpose
+QUICK = Access(retries=3, timeout_s=0.5, requests=4)  # where nothing ever comes, on purpose
+PATIENT = Access(retries=3, timeout_s=2, requests=4)  # where nothing comes at first, then all
 CONTENT = np.random.default_rng(0).integers(0, 256, SIZE, np.uint8).tobytes()
 OBJECTS = 40
 EVERY_TIME = 10**9
@@ -73,8 +74,8 @@ def small(row: int) -> bytes:
     return bytes([row]) * (row + 1)
 
 
-def patience(fault: str) -> Access:
-    return QUICK if fault in ("hang", "stall") else CALM
+def patience(fault: str, waiting: Access) -> Access:
+    return waiting if fault in ("hang", "stall") else CALM
 
 
 def only(fault: str, times: int) -> Callable[[int, str], str | None]:
@@ -104,11 +105,10 @@ def readers() -> int:
 
 
 def in_time(is_so: Callable[[], bool]) -> bool:
-    for _ in range(500):
-        if is_so():
-            return True
+    deadline = time.monotonic() + 300
+    while not is_so() and time.monotonic() < deadline:
         time.sleep(0.02)
-    return False
+    return is_so()
 
 
 # One object
@@ -125,6 +125,26 @@ def test_an_object_and_its_size_are_what_another_program_put_there(proxy):
     assert object_store.read(f"{URL}/large.bin") == CONTENT
     assert object_store.size(f"{URL}/large.bin") == SIZE
     assert object_store.read(f"{URL}/empty") == b""
+
+
+def test_sizes_of_many_objects_say_which_are_missing(proxy):
+    names = ["large.bin", "nothing", "empty", *(f"small/{row}" for row in range(OBJECTS))]
+    proxy.fault = only("503", 3)
+    found = object_store.sizes([f"{URL}/{name}" for name in names], CALM)
+
+    assert found == [SIZE, None, 0, *range(1, OBJECTS + 1)]
+
+
+def test_sizes_of_a_store_that_stays_away_end_in_a_line_and_nobody_goes_on_asking(proxy):
+    before = readers()
+    proxy.fault = only("503", EVERY_TIME)
+    urls = [f"{URL}/small/{row}" for row in range(OBJECTS)]
+
+    assert "the store answered 503 (tried 4 times in " in refusal(
+        lambda: object_store.sizes(urls, CALM)
+    )
+    assert readers() == before
+    assert len(proxy.requests) < 4 * OBJECTS
 
 
 @pytest.mark.parametrize("name", ODD_NAMES)
@@ -173,7 +193,7 @@ FAULTS = {
 def test_a_range_comes_whole_after_faults_that_pass(proxy, fault):
     proxy.fault = only(fault, 2)
 
-    assert ranged(1000, 400_000, patience(fault)) == CONTENT[1000:401_000]
+    assert ranged(1000, 400_000, patience(fault, PATIENT)) == CONTENT[1000:401_000]
     assert len(proxy.requests) == 3
 
 
@@ -181,13 +201,13 @@ def test_a_range_comes_whole_after_faults_that_pass(proxy, fault):
 def test_an_object_comes_whole_after_faults_that_pass(proxy, fault):
     proxy.fault = only(fault, 2)
 
-    assert object_store.read(f"{URL}/large.bin", patience(fault)) == CONTENT
+    assert object_store.read(f"{URL}/large.bin", patience(fault, PATIENT)) == CONTENT
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_that_stays_ends_in_a_line_that_says_what_and_how_often(proxy, fault):
     proxy.fault = only(fault, EVERY_TIME)
-    found = refusal(lambda: ranged(1000, 400_000, patience(fault)))
+    found = refusal(lambda: ranged(1000, 400_000, patience(fault, QUICK)))
 
     assert found.startswith(f"{URL}/large.bin: ")
     assert FAULTS[fault] in found
@@ -279,6 +299,23 @@ def test_a_missing_object_and_a_missing_bucket_are_told_apart(proxy):
         with pytest.raises(Unreachable) as caught:
             object_store.read(url)
         assert type(caught.value) is kind
+
+
+def test_a_store_that_may_come_back_is_told_from_a_mistake(proxy, tmp_path):
+    digest = hashlib.sha256(CONTENT).hexdigest()
+    asks = (
+        lambda: ranged(0, 1000),
+        lambda: object_store.read(f"{URL}/large.bin", CALM),
+        lambda: object_store.size(f"{URL}/large.bin", CALM),
+        lambda: object_store.cached(f"{URL}/large.bin", tmp_path, SIZE, digest, CALM),
+    )
+    for fault, may_come_back in (("503", True), ("close", True), ("403", False), ("404", False)):
+        proxy.fault = only(fault, EVERY_TIME)
+        for ask in asks:
+            with pytest.raises(Unreachable, match=f"^{URL}/large.bin: ") as caught:
+                ask()
+
+            assert isinstance(caught.value, ConnectionError) is may_come_back
 
 
 @pytest.mark.parametrize("key", ["./a", "a//b", "a/../b", "a\tb", "a\udcff"])
@@ -451,7 +488,7 @@ def test_two_processes_that_start_together_fetch_one_copy(proxy, tmp_path):
     given = (f"{URL}/large.bin", tmp_path, SIZE, digest)
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         found = [pool.apply_async(object_store.cached, given) for _ in range(2)]
-        paths = {each.get(60) for each in found}
+        paths = {each.get(300) for each in found}
         pool.close()
         pool.join()
 
@@ -668,6 +705,52 @@ def test_an_error_comes_with_the_step_that_needs_it_and_not_before(proxy):
     proxy.fault = lambda number, path: None
     assert [each.tobytes() for each in ahead.step(2)] == [small(row) for row in rows(2)]
     ahead.close()
+
+
+def tens(rows: np.ndarray) -> np.ndarray:
+    return rows // 10
+
+
+@pytest.mark.parametrize(("parts", "group", "requests"), [(whole, None, 40), (pieces, tens, 4)])
+def test_what_failed_ahead_of_need_is_asked_for_again_when_its_step_comes(
+    proxy, parts, group, requests
+):
+    bad = requests // 2
+    proxy.fault = lambda number, path: "503" if number == bad else None
+    rows = np.arange(OBJECTS).reshape(5, 8)
+    alone = Access(retries=0, requests=1)
+    ahead = Ahead(rows.__getitem__, parts, group=group, look=OBJECTS, access=alone)
+    found = ahead.step(0)
+
+    assert in_time(lambda: len(proxy.requests) == requests)  # the last: the bad one has failed
+    found += [each for step in range(1, 5) for each in ahead.step(step)]
+    ahead.close()
+    expected = [small(row) if group is None else CONTENT[row * 100 :][:100] for row in range(40)]
+    assert [each.tobytes() for each in found] == expected
+    assert len(proxy.requests) == requests + 1
+
+
+@pytest.mark.parametrize(("fault", "more"), [("503", 1), ("404", 0)])
+def test_what_failed_ahead_of_need_and_fails_again_is_told(proxy, fault, more):
+    proxy.fault = lambda number, path: fault if path.endswith("/20") else None
+    rows = np.arange(OBJECTS).reshape(5, 8)
+    ahead = Ahead(rows.__getitem__, whole, access=Access(retries=0, requests=1))
+    ahead.step(0)
+
+    assert in_time(lambda: len(proxy.requests) == OBJECTS)
+    ahead.step(1)
+    with pytest.raises(Unreachable, match=f"small/20: .*{fault}"):
+        ahead.step(2)
+    assert len(proxy.requests) == OBJECTS + more
+
+
+def test_what_fails_while_a_step_waits_for_it_is_not_waited_for_twice(proxy):
+    proxy.fault = only("503", EVERY_TIME)
+    ahead = Ahead(lambda step: np.array([5]), whole, access=Access(retries=2))
+    with pytest.raises(Unreachable, match="tried 3 times"):
+        ahead.step(0)
+
+    assert len(proxy.requests) == 3
 
 
 def test_an_error_of_the_plan_comes_with_its_step(proxy):

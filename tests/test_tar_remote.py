@@ -78,6 +78,17 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def shards(stores: dict[str, Path], server: str, tmp_path: Path) -> tuple[str, Path]:
+    """A store of three shards: its url, and where it was packed."""
+    root, source = tmp_path / "shards", stores["original"].parent / "images"
+    how = ["--form", "raw", "--shard-mb", "1", "--workers", "1"]
+    assert data.main(["pack", str(source), str(root), *how]) == 0
+    assert len(list(root.glob("*.tar"))) == 3
+    object_server.upload(server, root, "stores/shards")
+    return f"{URL}/shards", root
+
+
+@pytest.fixture
 def bad_store(stores: dict[str, Path], server: str, tmp_path: Path) -> tuple[str, int]:
     """A store one of whose images can't be decoded, though its checksum is right: url and row."""
     root, row = tmp_path / "bad", 17
@@ -153,11 +164,10 @@ def readers() -> int:
 
 
 def in_time(is_so: Callable[[], bool]) -> bool:
-    for _ in range(500):
-        if is_so():
-            return True
+    deadline = time.monotonic() + 300
+    while not is_so() and time.monotonic() < deadline:
         time.sleep(0.02)
-    return False
+    return is_so()
 
 
 def refusal(what: Callable[[], object]) -> str:
@@ -171,8 +181,8 @@ def refusal(what: Callable[[], object]) -> str:
 def spans(proxy: object_server.Proxy) -> list[int]:
     """Bytes of the requests for images, in their order."""
     found = []
-    for _, path, asked in proxy.requests:
-        if path.endswith(".tar"):
+    for method, path, asked in proxy.requests:
+        if method == "GET" and path.endswith(".tar"):
             first, last = asked.removeprefix("bytes=").split("-")
             found.append(int(last) - int(first) + 1)
     return found
@@ -281,6 +291,7 @@ def test_the_index_is_fetched_once_a_machine(proxy, tmp_path):
     second = [path for _, path, _ in proxy.requests]
 
     assert len([path for path in first if path.endswith(".npy")]) == 2 * len(tar_store.COLUMNS)
+    assert len([path for path in first if path.endswith(".tar")]) == len(one.files)
     assert second == ["/pictures/stores/original/manifest.json"]
     np.testing.assert_array_equal(one.offset, other.offset)
     base = one.offset.base
@@ -429,6 +440,70 @@ def test_an_index_that_is_not_the_manifests_is_refused(proxy, stores, server, tm
     assert found.startswith(f"data.root: {URL}/mixed/index/offset.npy: its SHA-256 is not ")
 
 
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_shards_that_are_missing_or_cut_off_are_named_at_the_start(
+    proxy, shards, server, tmp_path, is_kept
+):
+    url, root = shards
+    cache = tmp_path / "cache" if is_kept else None
+    place = {"Bucket": object_server.BUCKET, "Key": "stores/shards/shard-000001.tar"}
+    cut = {**place, "Key": "stores/shards/shard-000002.tar"}
+    content = (root / "shard-000002.tar").read_bytes()
+    with object_server.client(server) as speaker:
+        speaker.delete_object(**place)
+        speaker.put_object(**cut, Body=content[:-1000])
+    found = refusal(lambda: opened(url, cache))
+    again = refusal(lambda: opened(url, cache))
+    object_server.upload(server, root, "stores/shards")
+    assert len(opened(url, cache)) == IMAGES
+
+    assert found == again
+    size = len(content)
+    assert found.startswith(
+        f"data.root: 2 of 3 shards of {url} are not as manifest.json says:"
+        f" shard-000001.tar (missing), shard-000002.tar ({size - 1000:,} bytes, not {size:,}): "
+    )
+    assert f"upload them again (aws s3 sync STORE {url})" in found
+
+
+def test_shards_are_looked_at_once_a_start_and_at_the_next_one_again(
+    proxy, shards, tmp_path, monkeypatch
+):
+    url, _ = shards
+
+    def asked() -> int:
+        proxy.requests.clear()
+        samples = opened(url, tmp_path / "cache")
+        found = len([1 for method, path, _ in proxy.requests if path.endswith(".tar")])
+        assert found in (0, len(samples.files))
+        return found
+
+    monkeypatch.setattr(tar_remote, "LOOKED", 1e6)
+    assert asked() > 0
+    assert asked() == 0
+    monkeypatch.setattr(tar_remote, "LOOKED", 0.0)
+    assert asked() > 0
+
+
+def test_shards_are_asked_for_through_faults_that_pass_and_told_in_a_line_of_one_that_stays(
+    proxy, shards
+):
+    url, _ = shards
+    seen: set[str] = set()
+
+    def first(number: int, path: str) -> str | None:
+        fault = "503" if path.endswith(".tar") and path not in seen else None
+        seen.add(path)
+        return fault
+
+    proxy.fault = first
+    assert len(opened(url, **IMPATIENT)) == IMAGES
+    proxy.fault = lambda number, path: "503" if path.endswith("2.tar") else None
+    assert refusal(lambda: opened(url, **IMPATIENT)).startswith(
+        f"data.root: {url}/shard-000002.tar: the store answered 503 (tried 3 times in "
+    )
+
+
 @pytest.mark.parametrize(
     "value", [{"verify": True}, {"retries": -1}, {"timeout_s": 0.0}, {"requests": 0}]
 )
@@ -438,6 +513,28 @@ def test_options_that_cannot_be_are_refused(value):
 
 
 # Training
+
+
+@pytest.mark.parametrize(
+    ("fault", "ends_in", "code"),
+    [
+        ("503", "manifest.json", 1),
+        ("503", ".npy", 1),
+        ("503", ".tar", 1),
+        ("403", "manifest.json", 2),
+        ("404", "manifest.json", 2),
+        ("404", ".tar", 2),
+    ],
+)
+def test_an_outage_at_the_start_is_no_mistake_in_the_recipe(
+    proxy, recipe, tmp_path, capsys, monkeypatch, fault, ends_in, code
+):
+    monkeypatch.setenv("FASTSSL_CACHE", str(tmp_path / "cache"))
+    proxy.fault = lambda number, path: fault if path.endswith(ends_in) else None
+    of = ["data.use=pipelines.readers.tar", f"data.root={URL}/original", "data.retries=1"]
+
+    assert train.main([str(recipe), *of, f"train.out={tmp_path / 'run'}"]) == code
+    assert capsys.readouterr().err.startswith("error: data.root: ")
 
 
 def test_training_from_an_object_store_goes_on_where_it_went_away(

@@ -48,6 +48,7 @@ class Options:
     # writes it; they keep their rows
     retries: int = 10  # of a request to an object store, with growing pauses: 65 s in all
     timeout_s: float = 30.0  # without a byte from it, until a connection is given up
+    requests: int = 32  # to it, at a time
 
     def __post_init__(self):
         if not self.root:
@@ -74,9 +75,11 @@ class Options:
         """How an object store is asked.
 
         Raises:
-            ValueError: `retries` or `timeout_s` can't be.
+            ValueError: says what of it can't be.
         """
-        return object_store.Access(retries=self.retries, timeout_s=self.timeout_s)
+        return object_store.Access(
+            retries=self.retries, timeout_s=self.timeout_s, requests=self.requests
+        )
 
 
 @dataclass(frozen=True)

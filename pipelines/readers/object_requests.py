@@ -33,6 +33,10 @@ class Missing(Unreachable):
     """There is no such object."""
 
 
+class Away(Unreachable, ConnectionError):
+    """No mistake of the user's, as far as can be told: the store may be well again later."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Access:
     """How patiently, and how often at a time, a process asks.
@@ -218,9 +222,9 @@ class Tries:
         earned = self.got // PROGRESS
         ended = problem.tries is not None and self._count >= problem.tries
         if ended or self._count > self.access.retries + earned or self._stop.is_set():
-            kind = Missing if isinstance(error, FileNotFoundError) else Unreachable
-            if _NO_BUCKET in str(error):  # then no object can be had: no fault of this one
-                kind = Unreachable
+            kind = Away if problem.tries is None else Unreachable
+            if isinstance(error, FileNotFoundError) and _NO_BUCKET not in str(error):
+                kind = Missing  # without a bucket no object can be had: no fault of this one
             raise kind(self._line(problem)) from None
         if self.got > self._got:
             self._pauses, self._got = 0, self.got

@@ -76,6 +76,28 @@ def size(url: str, access: Access = DEFAULT) -> int:
     return object_requests.size(url, Tries(url, access, Stop()))
 
 
+def sizes(urls: list[str], access: Access = DEFAULT) -> list[int | None]:
+    """Bytes of each object, `access.requests` asked for at a time; None: there is no such object.
+
+    Raises:
+        Unreachable: one can't be asked for, after all tries.
+        ValueError: a url names no object, or the library is missing.
+    """
+    stop = Stop()
+
+    def one(url: str) -> int | None:
+        try:
+            return object_requests.size(url, Tries(url, access, stop))
+        except Missing:
+            return None
+
+    with ThreadPoolExecutor(access.requests, "object-store") as executor:
+        try:
+            return list(executor.map(one, urls))
+        finally:
+            stop.set()  # after an error nobody tries again
+
+
 def cached(url: str, folder: Path, size: int | None, sha256: str, access: Access = DEFAULT) -> Path:
     """A large object as a file, fetched once a machine: other processes wait for the first.
 
@@ -98,6 +120,8 @@ def cached(url: str, folder: Path, size: int | None, sha256: str, access: Access
         with _one_at_a_time(kept.with_name(f"{kept.name}.lock")):
             if not _is(kept, sha256):
                 _download(url, kept, size, sha256, access)
+    except Unreachable:  # the store, and not the disk
+        raise
     except OSError as error:
         raise ValueError(f"cannot keep {url} in {folder}: {error.strerror}") from None
     return kept
@@ -181,7 +205,7 @@ class Ahead:
         try:
             found = []
             for row in rows:
-                found.append(self._held[row].result()[row])
+                found.append(self._part_of(row)[row])
                 self._fill()
         except BaseException:
             self._stop_all(wait=False)  # of a store that can't be reached, nobody waits for more
@@ -220,7 +244,8 @@ class Ahead:
         self._waiting: dict[int, set[int]] = {}  # planned rows that are not yet there, by group
         self._queue: deque[Part] = deque()  # next to be asked for
         self._known: set[int] = set()  # rows in the queue, under way or here
-        self._held: dict[int, Future[dict[int, np.ndarray]]] = {}  # by row
+        # by row: the part that it comes with, and what comes
+        self._held: dict[int, tuple[Part, Future[dict[int, np.ndarray]]]] = {}
         self._cost: dict[int, int] = {}  # bytes of the held rows, as known or supposed
         self._bytes = 0  # sum of them
         self._sizes: deque[tuple[int, int]] = deque()  # rows and bytes that came unknown
@@ -270,17 +295,40 @@ class Ahead:
 
     def _ask(self, part: Part) -> None:
         assert self._executor is not None
-        future = self._executor.submit(
-            _content, part, self._check, self._accept, self._access, self._stop
+        self._hold(
+            part,
+            self._executor.submit(
+                _content, part, self._check, self._accept, self._access, self._stop
+            ),
         )
+        costs = part.sizes or (int(self._mean),)
+        for row, cost in zip(part.rows, costs, strict=True):
+            self._cost[row] = cost
+            self._bytes += cost
+
+    def _hold(self, part: Part, future: "Future[dict[int, np.ndarray]]") -> None:
         if part.sizes is None:
             (row,), sizes = part.rows, self._sizes
             future.add_done_callback(lambda done: _note(done, row, sizes))
-        costs = part.sizes or (int(self._mean),)
-        for row, cost in zip(part.rows, costs, strict=True):
-            self._held[row] = future
-            self._cost[row] = cost
-            self._bytes += cost
+        self._held |= dict.fromkeys(part.rows, (part, future))
+
+    def _part_of(self, row: int) -> dict[int, np.ndarray]:
+        """What comes with a held row, once it is here.
+
+        Of a failure that is older than the question there is another try: the store may long be
+        well again. At once and here, for in the queue it would stand behind all that is ahead.
+        """
+        part, future = self._held[row]
+        is_old = future.done()
+        try:
+            return future.result()
+        except Unreachable as error:
+            if not is_old or isinstance(error, Missing):
+                raise
+        again: Future[dict[int, np.ndarray]] = Future()
+        again.set_result(_content(part, self._check, self._accept, self._access, self._stop))
+        self._hold(part, again)
+        return again.result()
 
     def _fill(self) -> None:
         """Asks for the next steps, until as many bytes as allowed are held or under way."""
@@ -309,7 +357,7 @@ class Ahead:
                 del self._uses[row]
                 self._known.remove(row)
                 self._bytes -= self._cost.pop(row)
-                del self._held.pop(row).result()[row]
+                del self._held.pop(row)[1].result()[row]
 
 
 def _note(done: "Future[dict[int, np.ndarray]]", row: int, sizes: deque[tuple[int, int]]) -> None:

@@ -5,11 +5,14 @@ once it was given; else an image comes by its own. All bytes are compared with t
 A process holds at most the bytes of a window's images, `AHEAD` and a chunk.
 """
 
+import hashlib
 import os
 import tempfile
+import time
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -20,12 +23,16 @@ from nvidia.dali.types import BatchInfo, DALIDataType
 
 from pipelines.images import Decoding, Encoded, Image, Pixels
 from pipelines.readers import object_store, tar_store
+from pipelines.readers.names import few
 from pipelines.readers.object_requests import Missing
 from pipelines.readers.object_store import Access, Ahead, Part
 from pipelines.readers.tar_store import Manifest
 
 AHEAD = 256 << 20  # bytes, beyond a window's
 GAP = 1 << 20  # bytes between two images of a chunk that nobody needs: they come by two requests
+# Seconds for which shards that were all there count as there: of a start's processes, and for its
+# probe, one asks.
+LOOKED = 60.0
 
 
 class Remote(Protocol):
@@ -65,13 +72,17 @@ def open_store(
 ) -> tuple[Manifest, dict[str, np.ndarray]]:
     """Manifest and index of a store; the index is kept in `cache`, shared by processes.
 
+    Of every shard the size is asked for, or it would be missed only hours later.
+
     Args:
         root: its url.
         cache: folder; None: the index is fetched each time, into a file without a name.
         access: how the object store is asked.
 
     Raises:
-        ValueError: there is no store, or it can't be reached or read, or `cache` can't be written.
+        ValueError: there is no store, or it can't be reached or read, a shard is missing or has
+            another size than the manifest says, or `cache` can't be written. If the store may be
+            well again later, a ConnectionError is its cause.
     """
     url = object_store.join(root, tar_store.MANIFEST)
     try:
@@ -83,13 +94,21 @@ def open_store(
             f" (aws s3 cp --recursive STORE {root}); {error}"
         ) from None
     except ValueError as error:
-        raise ValueError(f"data.root: {error}") from None
+        raise ValueError(f"data.root: {error}") from error
     manifest = tar_store.parse_manifest(content, url)
     if cache is not None:
         kept = cache / "stores" / manifest.digest[:32]
-        return manifest, _columns(root, kept, manifest, access)
+        columns = _columns(root, kept, manifest, access)
+        mark = kept / f"{hashlib.sha256(root.encode()).hexdigest()[:16]}.whole"
+        if not _is_fresh(mark):
+            _check_shards(root, manifest, access)
+            with suppress(OSError):  # then the next one asks again
+                mark.touch()
+        return manifest, columns
     with tempfile.TemporaryDirectory(prefix="fastssl-") as folder:  # mapped files outlive it
-        return manifest, _columns(root, Path(folder), manifest, access)
+        columns = _columns(root, Path(folder), manifest, access)
+        _check_shards(root, manifest, access)
+        return manifest, columns
 
 
 def source(
@@ -187,5 +206,31 @@ def _columns(root: str, folder: Path, manifest: Manifest, access: Access) -> dic
             for _ in executor.map(keep, tar_store.COLUMNS):
                 pass
     except ValueError as error:
-        raise ValueError(f"data.root: {error}") from None
+        raise ValueError(f"data.root: {error}") from error
     return tar_store.read_columns(str(folder), manifest)
+
+
+def _check_shards(root: str, manifest: Manifest, access: Access) -> None:
+    try:
+        urls = [object_store.join(root, shard.name) for shard in manifest.shards]
+        sizes = object_store.sizes(urls, access)
+    except ValueError as error:
+        raise ValueError(f"data.root: {error}") from error
+    wrong = [
+        f"{shard.name} ({'missing' if size is None else f'{size:,} bytes, not {shard.bytes:,}'})"
+        for shard, size in zip(manifest.shards, sizes, strict=True)
+        if size != shard.bytes
+    ]
+    if wrong:
+        raise ValueError(
+            f"data.root: {len(wrong):,} of {len(sizes):,} shards of {root} are not as"
+            f" {tar_store.MANIFEST} says: {few(wrong)}: upload them again"
+            f" (aws s3 sync STORE {root})"
+        )
+
+
+def _is_fresh(mark: Path) -> bool:
+    try:
+        return 0 <= time.time() - mark.stat().st_mtime < LOOKED
+    except OSError:
+        return False
