@@ -79,7 +79,7 @@ def files_of(
         "preprocessing": {
             "use": evaluation[0],
             "options": evaluation[1],
-            "interpolation": "bilinear",
+            "interpolation": evaluation[1].get("interpolation", "bilinear"),
             "antialias": True,
         },
         "weights": _WEIGHTS,
@@ -200,7 +200,8 @@ def refuse_others(
 
 def unlike(tensors: dict[str, torch.Tensor], backbone: nn.Module) -> str:
     """How `tensors` differ from the backbone's state dict, in words; empty if they fit exactly."""
-    wanted = {name: tuple(tensor.shape) for name, tensor in backbone.state_dict().items()}
+    state = backbone.state_dict()
+    wanted = {name: tuple(tensor.shape) for name, tensor in state.items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     differences = {
         "missing": sorted(wanted.keys() - found.keys()),
@@ -209,6 +210,12 @@ def unlike(tensors: dict[str, torch.Tensor], backbone: nn.Module) -> str:
             f"{name} {found[name]} for {wanted[name]}"
             for name in wanted.keys() & found.keys()
             if wanted[name] != found[name]
+        ),
+        # Quantised weights say nothing without their scales.
+        "of another type": sorted(
+            f"{name} {_type(tensors[name])} for {_type(state[name])}"
+            for name in wanted.keys() & found.keys()
+            if tensors[name].is_floating_point() != state[name].is_floating_point()
         ),
     }
     return "; ".join(
@@ -269,6 +276,10 @@ def _shapes(use: str, options: dict[str, Any]) -> dict[str, torch.Size] | None:
     except (TypeError, ValueError, RuntimeError):  # refused, or not to be had without numbers
         return None
     return {name: tensor.shape for name, tensor in state.items()}
+
+
+def _type(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _more(names: list[str]) -> str:

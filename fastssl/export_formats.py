@@ -98,6 +98,9 @@ def export_to(trained: Trained, to: str, out: Path | None, *, say: Callable[[str
                 f"the head of {len(classes)} classes is not in it: --to safetensors takes it along"
             )
             written = replace(written, notes=(*written.notes, left))
+        if trained.otherwise:
+            published = f"its publisher prepares images otherwise: {trained.otherwise}"
+            written = replace(written, notes=(*written.notes, published))
         compared = _compare(written, ours, pixels, to, trained.name)
         files = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
         card = model_card.text(
@@ -427,7 +430,7 @@ def _timm_config(trained: Trained, pixels: Tensor) -> dict[str, Any]:
             "num_classes": 0,
             "input_size": [3, side, side],
             "fixed_input_size": _fixed_size(trained) is not None,
-            "interpolation": "bilinear",
+            "interpolation": options.get("interpolation", "bilinear"),
             "crop_pct": part,
             "crop_mode": "center",
             "mean": mean,

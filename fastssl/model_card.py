@@ -124,13 +124,14 @@ def transforms(trained: Trained) -> str | None:
         return None
     mean, std = normalization(trained)
     resize, crop = options.get("resize", 256), options.get("crop", 224)
+    interpolation = _interpolation(options).upper()
     return f"""\
 import torch
 from PIL import Image, ImageOps
 from torchvision.transforms import v2
 
 resized = v2.Compose([
-    v2.Resize({resize}, v2.InterpolationMode.BILINEAR, antialias=True),  # of the short side
+    v2.Resize({resize}, v2.InterpolationMode.{interpolation}, antialias=True),  # of the short side
     v2.CenterCrop({crop}),
     v2.PILToTensor(),  # uint8 [3, {crop}, {crop}]
 ])
@@ -228,8 +229,8 @@ def _preparation(trained: Trained, to: str) -> str:
         call = "prepare(path)[None]" if inside else "normalized(prepare(path))[None]"
         body = (
             "Short side resized to "
-            f"{options.get('resize', 256)} pixels (bilinear with antialiasing; the long side "
-            f"rounded down), then the middle {options.get('crop', 224)} x "
+            f"{options.get('resize', 256)} pixels ({_interpolation(options)} with antialiasing; "
+            f"the long side rounded down), then the middle {options.get('crop', 224)} x "
             f"{options.get('crop', 224)} pixels. In torchvision's transforms, which differ from "
             "the pipeline that measured the numbers above by about a grey level:\n\n"
             f"```python\n{code}\n\nbatch = {call.replace('path', repr('image.jpg'))}\n```"
@@ -281,6 +282,10 @@ def _number(key: str, value: Any) -> str:
     if not probes.is_number(value):
         return str(value)
     return f"{value:.1%}" if probes.unit_of(key, [value]) == "%" else f"{value:.4g}"
+
+
+def _interpolation(options: Mapping[str, Any]) -> str:
+    return options.get("interpolation", "bilinear")  # cards of old do not tell
 
 
 def _plain(values: Sequence[float]) -> str:

@@ -12,6 +12,7 @@ torchvision:resnet50, timm:convnext_tiny, resnet50
 import hashlib
 import importlib
 import json
+import math
 import pkgutil
 from collections.abc import Collection
 from dataclasses import MISSING, asdict, dataclass, fields
@@ -50,6 +51,7 @@ class Trained:
     options: dict[str, Any]  # its Options
     preprocessing: tuple[str, dict[str, Any]]  # the evaluation graph: use, options
     standardize: Standardization  # what the run's objective did to patches
+    otherwise: str = ""  # what its publisher does to images and `preprocessing` can't; in words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,6 +218,7 @@ def _without_card(
     options: dict[str, Any],
     preprocessing: tuple[str, dict[str, Any]] = (GRAPH, {}),
     standardize: Standardization = "global",
+    otherwise: str = "",
 ) -> Trained:
     """A network of which no run tells: there is no folder to log to."""
     return Trained(
@@ -229,6 +232,7 @@ def _without_card(
         options=options,
         preprocessing=preprocessing,
         standardize=standardize,
+        otherwise=otherwise,
     )
 
 
@@ -271,9 +275,11 @@ def _lone(path: Path, given: dict[str, Any], ignore: tuple[str, ...]) -> Trained
     _fit(path, tensors, backbone, described, use, options)
     _check_finite(tensors, str(path))
     backbone.load_state_dict(tensors)
+    # Every run folder's file is called so.
+    name = path.resolve().parent.name if path.name == "backbone.safetensors" else path.stem
     if card is not None:
-        return _of_card(path.stem, backbone.eval(), None, card_path)
-    return _without_card(path.stem, backbone, use, options)
+        return _of_card(name, backbone.eval(), None, card_path)
+    return _without_card(name, backbone, use, options)
 
 
 def _random(
@@ -395,11 +401,22 @@ def _named(run: str) -> Trained:
     """A network of torchvision or timm with its published weights."""
     backbone, options = _build(NAMED, {"name": run, "pretrained": True})
     _check_finite(backbone.state_dict(), run)
-    return _without_card(run, backbone, NAMED, options, (GRAPH, published_sizes(run)))
+    as_published = published(run)
+    preprocessing = (GRAPH, as_published.options)
+    return _without_card(
+        run, backbone, NAMED, options, preprocessing, otherwise=as_published.otherwise
+    )
 
 
-def published_sizes(run: str) -> dict[str, int]:
-    """How the publisher prepares images, as options of pipelines.evaluation."""
+class Published(NamedTuple):
+    """How a publisher prepares images."""
+
+    options: dict[str, int | str]  # of pipelines.evaluation; empty where nothing is published
+    otherwise: str = ""  # what that graph does not do, and what it does instead
+
+
+def published(run: str) -> Published:
+    """How the publisher of `run`, torchvision:NAME or timm:NAME, prepares images."""
     package, _, name = run.partition(":")
     if package == "torchvision":
         from torchvision.models import get_model_weights  # noqa: PLC0415  # slow, seldom asked
@@ -407,17 +424,45 @@ def published_sizes(run: str) -> dict[str, int]:
         name, _, weights = name.partition(".")
         every = get_model_weights(name)
         if not list(every):
-            return {}
+            return Published({})
         transforms = every[weights or "DEFAULT"].transforms()
-        return {"resize": transforms.resize_size[0], "crop": transforms.crop_size[0]}
+        (resize,), (crop,) = transforms.resize_size, transforms.crop_size
+        return _as_options(resize, (crop, crop), transforms.interpolation.value)
     import timm  # noqa: PLC0415  # an extra; the backbone was made by it
 
     found = timm.get_pretrained_cfg(name)
     if found is None:
-        return {}
-    crop = found.test_input_size or found.input_size
+        return Published({})
+    _, height, width = found.test_input_size or found.input_size
     part = found.test_crop_pct or found.crop_pct
-    return {"resize": round(crop[1] / part), "crop": crop[1]}
+    resize = math.floor(height / part)  # as timm.data.transforms_factory has it
+    return _as_options(resize, (height, width), found.interpolation, found.crop_mode)
+
+
+def _as_options(
+    resize: int, crop: tuple[int, int], interpolation: str, mode: str = "center"
+) -> Published:
+    """What is published as options of pipelines.evaluation, and what has no place in them.
+
+    Args:
+        resize: of the short side, pixels.
+        crop: height and width, pixels.
+        interpolation: torchvision's or timm's name for it.
+        mode: timm's crop_mode.
+    """
+    side, otherwise = crop[0], []
+    if mode != "center" or crop[1] != side:
+        shape = f"{side} x {crop[1]} (crop_mode {mode})"
+        ours = f"here the short side is resized and the middle {side} x {side} cut out"
+        otherwise.append(f"it makes images {shape}, {ours}")
+    if interpolation not in ("bilinear", "bicubic"):
+        otherwise.append(f"it resizes by {interpolation}, here bilinear")
+        interpolation = "bilinear"
+    if resize < side:
+        otherwise.append(f"it resizes to {resize} and pads to {side}, here resized to {side}")
+        resize = side
+    options: dict[str, int | str] = {"resize": resize, "crop": side, "interpolation": interpolation}
+    return Published(options, "; ".join(otherwise))
 
 
 def _build(use: str, options: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:

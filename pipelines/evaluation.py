@@ -1,7 +1,7 @@
 """The image as probes see it, and as whoever loads the backbone should prepare it.
 
-Resize of the short side, then the middle: torchvision's Resize(resize) and CenterCrop(crop),
-bilinear and antialiased. `tests/test_evaluation.py` bounds the difference.
+Resize of the short side, then the middle: torchvision's Resize(resize, interpolation) and
+CenterCrop(crop), antialiased. `tests/test_evaluation.py` bounds the difference.
 """
 
 from dataclasses import dataclass
@@ -14,10 +14,11 @@ from pipelines.images import Device, Image
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Sizes in pixels a side."""
+    """Sizes in pixels a side, and how pixels are made of others."""
 
     resize: int = 256  # of the short side
     crop: int = 224
+    interpolation: ops.Interpolation = "bilinear"
 
     def __post_init__(self) -> None:
         """Refuses a crop that does not fit.
@@ -43,5 +44,6 @@ class Options:
 
 def graph(encoded: Image, index: DataNode, options: Options, device: Device) -> dict[str, DataNode]:
     """Puts out `image` [crop, crop, 3] and `index` [1]."""
-    image = ops.center_crop(ops.decode(encoded, device), options.resize, options.crop)
+    decoded = ops.decode(encoded, device)
+    image = ops.center_crop(decoded, options.resize, options.crop, options.interpolation)
     return {"image": image, "index": index}

@@ -7,7 +7,7 @@ to the same pixels within one level of 255.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from nvidia.dali import fn, math
@@ -18,6 +18,7 @@ from pipelines import cpu_kernels
 from pipelines.images import Decoded, Device, Encoded, Image
 
 Range = Sequence[float]  # least and greatest
+Interpolation = Literal["bilinear", "bicubic"]
 MIB = 2**20  # bytes
 
 
@@ -122,16 +123,20 @@ def _random_window(size: DataNode, area: Range, aspect: Range) -> tuple[DataNode
     return start, shape
 
 
-def center_crop(image: Decoded, resize: int, crop: int) -> DataNode:
+def center_crop(
+    image: Decoded, resize: int, crop: int, interpolation: Interpolation = "bilinear"
+) -> DataNode:
     """The middle `crop` x `crop` of the image resized to a short side of `resize`.
 
-    Bilinear with antialiasing, on the very grid of torchvision's Resize + CenterCrop: the long side
-    rounded down, the crop's place rounded half to even. Only the pixels of the crop are resampled.
+    With antialiasing, on the very grid of torchvision's Resize + CenterCrop: the long side rounded
+    down, the crop's place rounded half to even. Only the pixels of the crop are resampled.
 
     Args:
         image: what is cut.
         resize: pixels of the short side.
         crop: pixels a side, at most `resize`.
+        interpolation: bicubic is Pillow's (a = -0.5), and on the CPU by DALI's own operator, which
+            is slower than the kernel.
     """
     resized = image.size * resize // fn.reductions.min(image.size, axes=[0])
     spare = resized - crop
@@ -139,7 +144,8 @@ def center_crop(image: Decoded, resize: int, crop: int) -> DataNode:
     odd = spare - 2 * half
     start = half + odd * (half - 2 * (half // 2))
     per_pixel = _float(image.size) / _float(resized)
-    return resize_region(image, crop, start * per_pixel, (start + crop) * per_pixel)
+    region = (start * per_pixel, (start + crop) * per_pixel)
+    return _only_frame(_resize_regions(image, crop, [region], 0.0, interpolation))
 
 
 def resized_crop(
@@ -199,17 +205,22 @@ def resize_region(
 
 
 def _resize_regions(
-    image: Decoded, size: int, regions: Sequence[tuple[DataNode, DataNode]], flip: float
+    image: Decoded,
+    size: int,
+    regions: Sequence[tuple[DataNode, DataNode]],
+    flip: float,
+    interpolation: Interpolation = "bilinear",
 ) -> DataNode:
     """FHWC, one frame a region."""
     count = len(regions)
     mirror = fn.random.coin_flip(probability=flip, shape=[count]) if flip else None
-    if image.device == "cpu":
+    if image.device == "cpu" and interpolation == "bilinear":  # the kernel knows no other
         mirrored = table(np.zeros(count, np.float32))
         if mirror is not None:
             mirrored = _float(mirror)
         each = [fn.cat(*ends, mirrored[k : k + 1]) for k, ends in enumerate(regions)]
         return cpu_kernels.resize(image.pixels, size, fn.stack(*each))
+    is_linear = interpolation == "bilinear"
     frames = []
     for k, (start, end) in enumerate(regions):
         frame = fn.resize(
@@ -217,7 +228,7 @@ def _resize_regions(
             size=[size, size],
             roi_start=start,
             roi_end=end,
-            interp_type=DALIInterpType.INTERP_LINEAR,
+            interp_type=DALIInterpType.INTERP_LINEAR if is_linear else DALIInterpType.INTERP_CUBIC,
             antialias=True,
         )
         assert isinstance(frame, DataNode)  # one image in, one out
@@ -229,7 +240,7 @@ def _resize_regions(
 
 def _only_frame(frames: DataNode) -> DataNode:
     """HWC of [1, H, W, C]; nothing is copied."""
-    return fn.reshape(frames, src_dims=[1, 2, 3], layout="HWC")
+    return fn.squeeze(frames, axes=[0])  # fn.reshape(src_dims=...) fails behind fn.stack
 
 
 def padded_crop(image: Decoded, *, size: int, pad: int) -> DataNode:
@@ -400,8 +411,17 @@ def color_jitter(
         layout = "HWC" if patches is None else "FHWC"
         return cpu_kernels.change_colors(pixels, fn.stack(*columns, axis=1), layout)
     if changed:
+        # Side by side as for the kernel: seeds go by the order in which nodes are met from the end
+        # of the graph, and an operator's arguments are met in that of the alphabet.
+        drawn = [change for change in changes if change is not None]
+        columns = iter(range(len(drawn)))
+        together = fn.stack(*drawn, axis=1)
+
+        def argument(column: int) -> DataNode:
+            return together[0, column] if patches is None else fn.per_frame(together[:, column])
+
         by = [
-            value if change is None else change[0] if patches is None else fn.per_frame(change)
+            value if change is None else argument(next(columns))
             for change, value in zip(changes, neutral, strict=True)
         ]
         pixels = fn.color_twist(
@@ -440,20 +460,22 @@ def change_saturation_and_value(
         count: F.
         device: where the views are.
     """
+    # Side by side on either backend: seeds go by the order in which nodes are met.
+    changes = fn.cat(saturation, value, axis=1)
     if device == "cpu":
-        return cpu_kernels.change_saturation_and_value(views, fn.cat(saturation, value, axis=1))
+        return cpu_kernels.change_saturation_and_value(views, changes)
 
-    def changed(plane: DataNode, by: DataNode) -> DataNode:
+    def changed(plane: DataNode, first: int) -> DataNode:
         power, factor, offset = (
-            on(fn.reshape(by[:, k], shape=[count, 1, 1, 1]), device) for k in range(3)
+            on(fn.reshape(changes[:, first + k], shape=[count, 1, 1, 1]), device) for k in range(3)
         )
         return math.clamp(math.fpow(plane, power) * factor + offset, 0.0, 1.0)
 
     greatest = _float(fn.reductions.max(views, axes=[3], keep_dims=True))
     chroma = greatest - _float(fn.reductions.min(views, axes=[3], keep_dims=True))
     # Where V or the chroma is 0 every channel is V, whatever stands in the place of 0 / 0.
-    new_value = changed(greatest / 255.0, value) * 255.0
-    new_saturation = changed(chroma / math.max(greatest, 1.0), saturation)
+    new_value = changed(greatest / 255.0, 3) * 255.0
+    new_saturation = changed(chroma / math.max(greatest, 1.0), 0)
     gain = new_value * new_saturation / math.max(chroma, 1.0)
     return fn.cast(views * gain + (new_value - gain * greatest), dtype=DALIDataType.UINT8)
 

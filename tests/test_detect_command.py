@@ -193,6 +193,8 @@ def test_two_processes_test_every_image_once(devkit, tmp_path, checkout, environ
         (["detect.norm=sync"], "detect.norm=trained"),
         (["detect.pipeline=pipelines.detecting"], "pipelines.detecting"),
         (["data.limit=3"], "data.limit (3)"),
+        (["data.fraction=0.1"], "data.fraction (0.1) can't be used here"),
+        (["data.per_class=2"], "data.per_class (2) can't be used here"),
         (["detect.test=2012/test"], "VOC2012"),
     ],
 )

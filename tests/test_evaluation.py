@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data.transforms_factory import transforms_imagenet_eval
 from torchvision.transforms import v2
 
+from fastssl import export_formats
 from fastssl.backbones import resnet
 from pipelines import evaluation
 
@@ -15,16 +17,26 @@ from pipelines import evaluation
 SIZES = ((500, 375), (333, 500), (640, 427), (401, 97), (89, 311), (257, 255), (57, 41), (64, 64))
 
 
-def pil_way(encoded: bytes, resize: int, crop: int, antialias: bool = True) -> np.ndarray:
-    steps = [v2.Resize(resize, antialias=antialias), v2.CenterCrop(crop)]
+def pil_way(encoded: bytes, resize: int, crop: int, how: str = "bilinear") -> np.ndarray:
+    steps = [v2.Resize(resize, v2.InterpolationMode(how)), v2.CenterCrop(crop)]
     image = Image.open(io.BytesIO(encoded)).convert("RGB")
     return np.asarray(v2.Compose(steps)(image)).astype(int)
 
 
-def tensor_way(encoded: bytes, resize: int, crop: int, antialias: bool = True) -> np.ndarray:
-    steps = [v2.PILToTensor(), v2.Resize(resize, antialias=antialias), v2.CenterCrop(crop)]
+def tensor_way(
+    encoded: bytes, resize: int, crop: int, how: str = "bilinear", antialias: bool = True
+) -> np.ndarray:
+    resized = v2.Resize(resize, v2.InterpolationMode(how), antialias=antialias)
     image = Image.open(io.BytesIO(encoded)).convert("RGB")
-    return v2.Compose(steps)(image).permute(1, 2, 0).numpy().astype(int)
+    steps = v2.Compose([v2.PILToTensor(), resized, v2.CenterCrop(crop)])
+    return steps(image).permute(1, 2, 0).numpy().astype(int)
+
+
+def timm_way(encoded: bytes, resize: int, crop: int, how: str = "bilinear") -> np.ndarray:
+    part = export_formats.crop_pct(crop, resize)
+    steps = transforms_imagenet_eval(crop, part, interpolation=how, normalize=False)
+    image = Image.open(io.BytesIO(encoded)).convert("RGB")
+    return steps(image).permute(1, 2, 0).numpy().astype(int)  # pyright: ignore
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +69,26 @@ def test_pixels_are_torchvisions_within_a_level_or_two(run_graph, jpegs, resize,
     # the last pixel, and torchvision's weighs what is left.
     assert difference.max() <= (2 if crop < resize else 16)
     assert abs((ours - wanted).mean()) < 0.1  # neither brighter nor darker
+
+
+@pytest.mark.parametrize(("resize", "crop"), [(248, 224), (64, 64), (33, 29)])
+def test_bicubic_pixels_are_torchvisions_and_timms_within_the_same_bound(
+    run_graph, jpegs, resize, crop
+):
+    options = evaluation.Options(resize=resize, crop=crop, interpolation="bicubic")
+    ours = run_graph(evaluation, options, jpegs)["image"].astype(int)
+    bilinear = run_graph(evaluation, evaluation.Options(resize=resize, crop=crop), jpegs)["image"]
+    for theirs in (pil_way, tensor_way, timm_way):
+        wanted = np.stack([theirs(each, resize, crop, "bicubic") for each in jpegs])
+        difference = abs(ours - wanted)
+
+        assert difference.mean() < 0.3  # of 255
+        assert difference.mean((1, 2, 3)).max() < 0.4  # the worst image
+        # Theirs cut what the filter throws beyond 0 and 255 off twice, between rows and columns.
+        assert (difference > 2).mean() < 0.001
+        assert difference.max() <= 16
+        assert abs((ours - wanted).mean()) < 0.01  # neither brighter nor darker
+        assert abs(bilinear.astype(int) - wanted).mean() > 0.6  # the bound tells them apart
 
 
 def test_the_bound_tells_antialiasing_from_none(run_graph, jpegs):

@@ -155,7 +155,7 @@ def test_the_card_says_how_to_build_the_network_and_prepare_an_image(tiny):
         "normalization": {"mean": [0.5] * 3, "std": [0.25] * 3},
         "preprocessing": {
             "use": "pipelines.evaluation",
-            "options": {"resize": 40, "crop": 32},
+            "options": {"resize": 40, "crop": 32, "interpolation": "bilinear"},
             "interpolation": "bilinear",
             "antialias": True,
         },

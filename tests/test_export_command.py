@@ -1,6 +1,6 @@
 """The export's command line: exit codes, one line for a mistake, one process at work."""
 
-import subprocess
+import runpy
 import sys
 
 import pytest
@@ -18,16 +18,21 @@ def small(tmp_path_factory) -> trained.Trained:
     return a_run(tmp_path_factory.mktemp("runs") / "small", resnet, options)
 
 
-def test_the_command_exports_a_run_also_as_a_script(small, tmp_path, checkout, environ):
+def test_the_command_exports_a_run_also_as_a_script(small, tmp_path, checkout, monkeypatch, capsys):
     out = tmp_path / "out"
-    command = [sys.executable, "fastssl/export.py", str(small.folder), "--to", "safetensors"]
-    done = subprocess.run(
-        [*command, "--out", str(out)], cwd=checkout, env=environ, capture_output=True, text=True
-    )
+    script = checkout / "fastssl" / "export.py"
+    given = [str(small.folder), "--to", "safetensors", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", [str(script), *given])
+    monkeypatch.setattr(sys, "path", [str(script.parent), *sys.path[1:]])
+    monkeypatch.delenv("ACCELERATE_DYNAMO_BACKEND", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(script), run_name="__main__")
+    said = capsys.readouterr()
 
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "safetensors: reloaded strictly; features of" in done.stdout
-    assert f"{out}/backbone.safetensors" in done.stdout
+    assert (ended.value.code, said.err) == (0, "")
+    assert sys.path[0] == str(checkout)  # a script's own folder is no place for imports
+    assert "safetensors: reloaded strictly; features of" in said.out
+    assert f"{out}/backbone.safetensors" in said.out
     assert backbone_file.load_backbone(out).dim == 64
 
 

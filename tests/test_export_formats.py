@@ -4,7 +4,7 @@ import hashlib
 import json
 import sys
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -113,7 +113,9 @@ def test_a_format_holds_the_network_its_sums_and_a_card(small, images, tmp_path,
 
 
 def test_a_resnet_v2_is_timm_s_of_its_width(tmp_path, images):
-    ours = a_run(tmp_path / "run", resnet_v2, resnet_v2.Options(widening=1))
+    sizes = {"resize": 72, "crop": 64, "interpolation": "bicubic"}
+    ours = a_run(tmp_path / "run", resnet_v2, resnet_v2.Options(widening=1), **sizes)
+    ours = replace(ours, otherwise="it squashes")
     folder = export_formats.export_to(ours, "timm", None, say=quietly)
     wanted = features(ours.backbone, images)
     theirs = timm.create_model("resnetv2_50", num_classes=0, width_factor=0.25)
@@ -124,7 +126,12 @@ def test_a_resnet_v2_is_timm_s_of_its_width(tmp_path, images):
     for network in (theirs, by_folder):
         found = features(network, normalised(images))
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4 * wanted.abs().max().item())
-    assert "num_classes=0, width_factor=0.25)" in (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text()
+    assert "num_classes=0, width_factor=0.25)" in card
+    assert resolve_model_data_config(by_folder)["interpolation"] == "bicubic"
+    assert "v2.Resize(72, v2.InterpolationMode.BICUBIC, antialias=True)" in card
+    assert "72 pixels (bicubic with antialiasing" in card
+    assert "\n- its publisher prepares images otherwise: it squashes\n" in card
     assert export_formats._other_side(usual, "timm")[1].endswith("'resnetv2_50', num_classes=0)")
 
 

@@ -356,7 +356,8 @@ def test_backbone_and_evaluation_are_those_of_the_run(data, tmp_path, checkout):
     assert recipe.values["backbone"]["name"] == "resnet10"
     assert recipe.values["backbone"]["stem"] == "small"
     assert recipe.sources["backbone.width"] == "weights"
-    assert recipe.values["evaluation"] == {"use": "pipelines.evaluation", "resize": 40, "crop": 32}
+    prepared = {"resize": 40, "crop": 32, "interpolation": "bilinear"}
+    assert recipe.values["evaluation"] == {"use": "pipelines.evaluation", **prepared}
     assert recipe.pipeline.options.image_size == 32
     assert other.values["evaluation"]["crop"] == 24
     assert other.pipeline.options.image_size == 48
@@ -396,7 +397,8 @@ def test_where_nothing_says_how_images_were_prepared_the_recipe_does(recipe, dat
     (run / "backbone.json").write_text(json.dumps(card))
     found = finetune.load(str(recipe), [given[0], f"train.weights={run}"])
 
-    assert found.values["evaluation"] == {"use": "pipelines.evaluation", "resize": 256, "crop": 224}
+    prepared = {"resize": 256, "crop": 224, "interpolation": "bilinear"}
+    assert found.values["evaluation"] == {"use": "pipelines.evaluation", **prepared}
     assert found.sources["evaluation.resize"] == "recipe"
 
 

@@ -1,7 +1,8 @@
 """Every graph has a GPU kernel for every operator: checked where there is no GPU.
 
 Construction refuses GPU tensors as named arguments and GPU-to-CPU edges; the kernels themselves are
-looked up in DALI's registry.
+looked up in DALI's registry. That a graph's GPU branch does what it should is seen by running its
+operators on the CPU.
 """
 
 import importlib
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from nvidia.dali import backend, fn
+from nvidia.dali.data_node import DataNode
 from nvidia.dali.external_source import ExternalSource
 from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.types import DALIDataType
@@ -25,6 +27,18 @@ GRAPHS = sorted(
     for path in (CHECKOUT / "pipelines").glob("*.py")
     if "\ndef graph(" in path.read_text()
 )
+# Graphs that choose their operators by an option.
+WAYS: list[tuple[str, dict[str, Any]]] = [
+    *((name, {}) for name in GRAPHS),
+    ("evaluation", {"interpolation": "bicubic"}),
+    (
+        "exemplar",
+        {
+            **{"geometry": "warp", "size": 48, "seed_patch": 0.8, "components": (0.5, 2.0)},
+            **{"powers": (0.25, 4.0), "factors": (0.7, 1.4), "offsets": 0.1},
+        },
+    ),
+]
 MEMORY = ("preallocate_width_hint", "preallocate_height_hint")
 MEMORY += ("device_memory_padding", "host_memory_padding")
 RECIPES = sorted(path.stem for path in (CHECKOUT / "recipes").glob("*.yaml"))
@@ -83,10 +97,10 @@ def test_there_are_graphs():
     assert "pirl_jigsaw" in RECIPES
 
 
-@pytest.mark.parametrize("name", GRAPHS)
-def test_every_operator_of_a_graph_has_a_kernel_on_the_gpu(name):
+@pytest.mark.parametrize(("name", "options"), WAYS)
+def test_every_operator_of_a_graph_has_a_kernel_on_the_gpu(name, options):
     module = importlib.import_module(f"pipelines.{name}")
-    pipeline = on_the_gpu(module.graph, module.Options())
+    pipeline = on_the_gpu(module.graph, module.Options(**options))
 
     assert without_kernel(pipeline) == []
     assert "mixed" in {device for _, device in operators_of(pipeline)}  # decodes on the GPU
@@ -102,10 +116,10 @@ def test_every_operator_of_a_graph_has_a_kernel_on_the_gpu(name):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("name", GRAPHS)
-def test_every_way_to_store_and_decode_has_kernels_on_the_gpu(name, stored):
+@pytest.mark.parametrize(("name", "options"), WAYS)
+def test_every_way_to_store_and_decode_has_kernels_on_the_gpu(name, options, stored):
     module = importlib.import_module(f"pipelines.{name}")
-    pipeline = on_the_gpu(module.graph, module.Options(), **stored)
+    pipeline = on_the_gpu(module.graph, module.Options(**options), **stored)
     mixed = {operator for operator, device in operators_of(pipeline) if device == "mixed"}
 
     assert without_kernel(pipeline) == []
@@ -125,6 +139,42 @@ def test_a_graph_s_gpu_decoder_sets_aside_what_the_recipe_says(name):
     assert told
     assert all(memory_of(spec) == [5980, 6430, 202 * 2**20, 135 * 2**20] for spec in told)
     assert [memory_of(spec) for spec in untold] == [as_ever] * len(told)
+
+
+@pytest.mark.parametrize(("name", "options"), WAYS)
+def test_the_gpu_s_branch_of_a_graph_puts_out_what_the_cpu_s_does_by_the_same_draws(
+    name, options, demo_images, monkeypatch
+):
+    monkeypatch.setattr(DataNode, "gpu", lambda node: node)  # its operators, on the CPU
+    module = importlib.import_module(f"pipelines.{name}")
+    files = sorted((demo_images / "train").glob("*/00001.jpg"))[:2]
+    images = [np.frombuffer(file.read_bytes(), np.uint8) for file in files]
+    rows = [np.array([row], np.int64) for row in range(2)]
+    made = {}
+    for device in ("cpu", "gpu"):
+        pipeline = Pipeline(batch_size=2, num_threads=2, device_id=None, seed=0)
+        with pipeline:
+            stored, index = fn.external_source(
+                lambda: (images, rows),
+                num_outputs=2,
+                dtype=[DALIDataType.UINT8, DALIDataType.INT64],
+                ndim=[1, 1],
+            )
+            encoded = Encoded(stored, loader.Options(decoder="cpu"))
+            outputs = module.graph(encoded, index, module.Options(**options), device)
+            pipeline.set_outputs(*outputs.values())
+        run = pipeline.run()
+        made[device] = {
+            output: [np.asarray(each[row]) for row in range(2)]
+            for output, each in zip(outputs, run, strict=True)
+        }
+
+    assert made["cpu"].keys() == made["gpu"].keys()
+    for output, kernels in made["cpu"].items():
+        for one, other in zip(kernels, made["gpu"][output], strict=True):
+            assert (one.shape, one.dtype) == (other.shape, other.dtype)
+            # All but rounding, which a steep power of HSV makes many levels of.
+            assert (abs(one.astype(int) - other) > 3).mean() < 0.002
 
 
 @pytest.mark.parametrize("overrides", [(), ("data.root=/somewhere",)], ids=["demo", "paper"])

@@ -4,15 +4,21 @@ import hashlib
 import importlib
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import timm
 import torch
+import torchvision
 from safetensors.torch import load_file, save_file
-from torchvision.models import list_models
+from timm.data.config import resolve_data_config
+from timm.data.transforms_factory import create_transform
+from torchvision.models import get_model_weights, list_models
 
-from fastssl import backbone_file, config, trained
+from fastssl import backbone_file, config, evaluate, trained
+from fastssl import weights as starting_weights
 from fastssl.backbones import resnet
 from fastssl.config import RecipeError
 
@@ -354,9 +360,90 @@ def test_options_that_change_nothing_are_refused(finished):
         trained.load(str(finished), ignore=("fc.weight",))
 
 
+def test_integers_are_no_weights_whichever_way_they_are_loaded(run, tmp_path):
+    quantised = weights(run) | {"conv1.weight": weights(run)["conv1.weight"].to(torch.int8)}
+    told = r"of another type: conv1.weight int8 for float32"
+    lone = tmp_path / "lone.safetensors"
+    save_file(quantised, lone)
+    sealed(run, quantised)
+
+    for load in (
+        lambda: backbone_file.load_backbone(run),
+        lambda: trained.load(str(run)),
+        lambda: trained.load(str(lone), backbone=dict(RESNET10)),
+        lambda: starting_weights.source(str(lone), RESNET10),
+    ):
+        with pytest.raises(RecipeError, match=told):
+            load()
+    halves = {
+        name: each.half() if each.is_floating_point() else each
+        for name, each in weights(run).items()
+        if name != "conv1.weight"
+    }
+    save_file(halves | {"conv1.weight": quantised["conv1.weight"].bfloat16()}, lone)
+
+    assert trained.load(str(lone), backbone=dict(RESNET10)).name == "lone"  # floats are floats
+
+
 def test_published_networks_are_prepared_for_as_their_publishers_do():
     assert "resnet50" in list_models()
-    assert trained.published_sizes("torchvision:resnet50") == {"resize": 232, "crop": 224}
-    first = trained.published_sizes("torchvision:resnet50.IMAGENET1K_V1")
-    assert first == {"resize": 256, "crop": 224}
-    assert trained.published_sizes("timm:resnet50.tv_in1k") == {"resize": 256, "crop": 224}
+    for name in list_models(torchvision.models):
+        theirs = get_model_weights(name)["DEFAULT"].transforms()
+        wanted = (theirs.resize_size, theirs.crop_size, theirs.interpolation.value)
+        options, otherwise = trained.published(f"torchvision:{name}")
+
+        assert ([options["resize"]], [options["crop"]], options["interpolation"]) == wanted
+        assert otherwise == ""
+    first = trained.published("torchvision:resnet50.IMAGENET1K_V1").options
+    assert first == {"resize": 256, "crop": 224, "interpolation": "bilinear"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet50.tv_in1k",
+        "vit_base_patch16_224.augreg_in21k_ft_in1k",  # 224 / 0.9 is 248.9
+        "resnet50.a1_in1k",  # tested at another size and crop
+    ],
+)
+def test_sizes_and_filter_of_timm_s_networks_are_those_of_its_own_transforms(name):
+    config = timm.get_pretrained_cfg(name)
+    assert config is not None
+    its = resolve_data_config(pretrained_cfg=config.to_dict(), use_test_size=True)
+    resized, cropped, *_ = create_transform(**its).transforms  # pyright: ignore
+    found = trained.published(f"timm:{name}")
+
+    wanted = {"resize": resized.size, "crop": cropped.size[0]}
+    assert found == (wanted | {"interpolation": resized.interpolation.value}, "")
+
+
+def test_what_a_publisher_does_and_our_graph_can_not_is_said():
+    squash = "convnext_base.fb_in22k_ft_in1k_384"
+    options, otherwise = trained.published(f"timm:{squash}")
+
+    assert options == {"resize": 384, "crop": 384, "interpolation": "bicubic"}
+    assert otherwise == (
+        "it makes images 384 x 384 (crop_mode squash), here the short side is resized and the "
+        "middle 384 x 384 cut out"
+    )
+    options, otherwise = trained.published("timm:volo_d4_448.sail_in1k")
+    assert (options["resize"], options["crop"]) == (448, 448)  # else the graph refuses them
+    assert otherwise == "it resizes to 389 and pads to 448, here resized to 448"
+    options, otherwise = trained._as_options(256, (224, 224), "lanczos")
+    assert options["interpolation"] == "bilinear"
+    assert otherwise == "it resizes by lanczos, here bilinear"
+
+
+def test_a_published_network_is_loaded_with_its_publisher_s_preparation(monkeypatch):
+    name = "timm:vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+    build = trained._build
+    monkeypatch.setattr(trained, "_build", lambda use, given: build(use, {"name": given["name"]}))
+    said: list[str] = []
+    found = trained.load(name)
+    as_squashed = replace(found, otherwise="it squashes")
+    for run in (found, as_squashed):
+        evaluate._say_what_is_assumed(run, evaluate._graph(run, {}), {}, said.append)
+
+    options = {"resize": 248, "crop": 224, "interpolation": "bicubic"}
+    assert found.preprocessing == ("pipelines.evaluation", options)
+    assert said == [f"{name}: its publisher prepares images otherwise: it squashes"]

@@ -55,10 +55,15 @@ def read(
 
     Raises:
         ValueError: a file is missing or wrong, the splits share an image, a box lies outside of its
-            image, or the test split has objects of other classes or none to find.
+            image, the test split has objects of other classes or none to find, or the reader is
+            to take a part of the images.
     """
-    if options.limit is not None:
-        raise ValueError(f"data.limit ({options.limit}) can't be used here: splits name the images")
+    for key in ("limit", "fraction", "per_class"):
+        if vars(options)[key] is not None:
+            raise ValueError(
+                f"data.{key} ({vars(options)[key]}) can't be used here: splits name the images; "
+                "give some of your own, detect.train=[2007/NAME] for ImageSets/Main/NAME.txt"
+            )
     root = Path(options.root)
     to_train, to_test = (detection_boxes.read(root, splits) for splits in (train, (test,)))
     shared = sorted(to_train.keys() & to_test.keys())
