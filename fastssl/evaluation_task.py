@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from fastssl.labelled import Split
 from fastssl.trained import Trained
 
 Cell = str | float | int | None
+READER = "pipelines.readers.folder"  # where data.use is not given
 
 
 @dataclass
@@ -51,6 +52,7 @@ class Task:
     say: Callable[[str], None]  # silent on all processes but the first
     runs: tuple[Trained, ...] = ()  # all of the command, this one among them
     outs: tuple[Path, ...] = ()  # the folder of each of them, as `out`
+    graphs: tuple[Part, ...] = ()  # and the graph of each, as `graph`
     _splits: tuple[Split, Split, tuple[str, ...]] | None = None
     _features: dict[str, Features] = field(default_factory=dict)
 
@@ -127,12 +129,21 @@ class Task:
     def conditions(self) -> dict[str, Any]:
         """On what a probe is measured; flat, so that the report tells lines apart by each of them.
 
-        Its words for precision are none that the report takes for a result.
+        Of the reader, what differs from its defaults, such as `data_limit`. The words for precision
+        are none that the report takes for a result.
         """
+        use, options = self.reader.use, self.reader.options
+        read = {} if use == READER else {"data_use": use}
+        read |= {
+            f"data_{each.name}": vars(options)[each.name]
+            for each in fields(options)
+            if each.name != "root" and vars(options)[each.name] != each.default
+        }
         graph = {f"graph_{key}": value for key, value in asdict(self.graph.options).items()}
         mixed = str(self.accelerator.mixed_precision)
         return {
-            "data": "built-in images" if self.demo else self.reader.options.root,
+            "data": "built-in images" if self.demo else options.root,
+            **read,
             "graph": self.graph.use,
             **graph,
             "seed": self.seed,

@@ -260,19 +260,22 @@ def test_the_pretext_accuracy_is_the_mean_of_the_last_tenth_without_probes():
     assert pretext.knn_accuracy(lines, 90) is None
 
 
-def test_depth_reads_the_newest_lines_of_lbfgs_on_this_very_data():
-    line = {"step": 9, "probe": "linear", "protocol": "lbfgs", "classes": 3, "val_images": 50}
+def test_depth_reads_the_newest_lines_of_these_very_settings_and_images():
+    settings = {"step": 9, "protocol": "lbfgs", "data": "/a", "graph_sizes": (1, 2)}
+    counts = {"train_images": 200, "val_images": 50}
+    line = {"probe": "linear", **settings, "graph_sizes": [1, 2], "l2": 0.1, **counts}
     lines = [
         line | {"stage": "a", "accuracy": 0.1},
         line | {"stage": "b", "accuracy": 0.2},
-        line | {"stage": "a", "accuracy": 0.3},
-        line | {"stage": "b", "accuracy": 0.9, "protocol": "mlp"},
-        line | {"stage": "b", "accuracy": 0.9, "val_images": 20},
-        line | {"stage": "b", "accuracy": 0.9, "classes": 4},
-        line | {"stage": "b", "accuracy": 0.9, "step": 8},
+        line | {"stage": "a", "accuracy": 0.3, "train_images": 199},  # one can't be decoded
+        {key: value for key, value in line.items() if key != "data"} | {"stage": "b"},
     ]
+    others = [("protocol", "mlp"), ("step", 8), ("data", "/b"), ("data_limit", 8), ("probe", "svm")]
+    others += [("graph_sizes", [1, 3]), ("l2_given", 0.1), ("train_images", 197)]
+    others += [("train_images", 201), ("val_images", 20)]
+    lines += [line | {"stage": "b", "accuracy": 0.9, key: value} for key, value in others]
 
-    assert depth.accuracies(lines, 9, classes=3, images=50) == {"a": 0.3, "b": 0.2}
+    assert depth.accuracies(lines, settings, **counts) == {"a": 0.3, "b": 0.2}
 
 
 def points(*both: tuple[float, float]) -> list[pretext.Point]:

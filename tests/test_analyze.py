@@ -11,8 +11,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fastssl import backbone_file, checkpoint, config, evaluate, journal, loader
-from fastssl.analysis import invariance, transforms
+from fastssl.analysis import depth, drawing, invariance, transforms
 from fastssl.config import Part
+from fastssl.evaluation_task import Task
+from fastssl.evaluations import linear
 from pipelines import pirl_jigsaw, pirl_rotation
 from pipelines.readers import folder
 
@@ -147,6 +149,65 @@ def test_a_run_alone_without_training_says_what_is_left_out_and_why(analyze, tmp
     assert "invariance is left out: no run was trained on patches or turned copies" in out
     assert "pretext is left out: a relation needs two runs with a pretext accuracy" in out
     assert (tmp_path / "evaluations" / "random-resnet10" / "depth.png").exists()
+
+
+def test_depth_is_of_this_very_network_data_and_settings_and_else_probed_anew(
+    analyze, kept, data, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    other = shutil.copytree(data, tmp_path / "other")
+    (other / "train" / "dark" / "0.jpg").unlink()
+    probed: list[float] = []
+    shown: list[dict] = []
+
+    def probe(task: Task, options: linear.Options) -> None:
+        """The n-th one finds n %: what is shown tells whose it is."""
+        train, val, classes = task.splits()
+        images = {"train_images": len(train.rows), "val_images": len(val.rows)}
+        its = {**linear.settings(task, options), "classes": len(classes), **images}
+        probed.append((1 + len(probed)) / 100)
+        for stage in ("a", "b"):
+            task.log("linear", {"stage": stage, "accuracy": probed[-1], **its})
+
+    monkeypatch.setattr(linear, "evaluate", probe)
+    monkeypatch.setattr(depth, "draw", lambda *_: None)
+    monkeypatch.setattr(drawing, "save", lambda *arguments: shown.append(arguments[-1]))
+    width = "backbone.width=2"
+    changes = [
+        [width],
+        ["backbone.width=3"],
+        [width, "evaluate.seed=5"],
+        [width, "evaluation.crop=28"],
+        [width, "features.size=64"],
+        [width, "features.pool=avg"],
+        [width, "data.per_class=3"],
+        [width, "data.per_class=3", "data.subset_seed=1"],
+        [width, "data.max_pixels=9999"],
+    ]
+    asked = [(change, data) for change in changes] + [([width], other)]
+    for change, root in asked * 2:
+        given = [f"random:{kept['pirl']}", *change, "analyze.what=[depth]"]
+        assert analyze(*given, root=root)[0] == 0
+
+    assert len(probed) == len(asked)  # the second time all are read from the journal
+    found = [each["accuracy"]["random:pirl"] for each in shown]
+    assert found == [{"a": each, "b": each} for each in probed * 2]
+
+
+def test_depth_looks_for_what_the_probe_writes_and_each_run_has_its_own_graph(analyze, runs):
+    card = json.loads((runs["jigsaw"] / "backbone.json").read_text())
+    card["preprocessing"]["options"] |= {"crop": 28}
+    (runs["jigsaw"] / "backbone.json").write_text(json.dumps(card))
+
+    said = [analyze(*runs.values(), "analyze.what=[depth]") for _ in range(2)]
+    numbers = json.loads((runs["jigsaw"] / "evaluations" / "depth.json").read_text())
+
+    assert [(code, err) for code, _, err in said] == [(0, "")] * 2
+    assert [out.count("L-BFGS is run") for _, out, _ in said] == [2, 0]
+    assert {*numbers["accuracy"]} == {"jigsaw", "pirl"}
+    for name, crop in (("jigsaw", 28), ("pirl", 32)):
+        its = [x for x in journal.read(runs[name]) if x.get("probe") == "linear"]
+        assert {line["graph_crop"] for line in its} == {crop}
 
 
 def test_what_was_asked_for_and_cannot_be_done_is_a_mistake(analyze, runs):

@@ -1,5 +1,6 @@
 """The command: tables, journal lines, mistakes in one line, and two processes that count alike."""
 
+import dataclasses
 import json
 import platform
 import shutil
@@ -67,7 +68,8 @@ def test_a_run_gives_a_table_and_a_line_in_its_journal(data, run, tmp_path, caps
     conditions = {
         "data": str(data),
         "graph": "pipelines.evaluation",
-        **{"graph_resize": 36, "graph_crop": 32, "seed": 0, "computed_in": "fp32"},
+        **{"graph_resize": 36, "graph_crop": 32, "graph_interpolation": "bilinear"},
+        **{"seed": 0, "computed_in": "fp32"},
         "weights": trained.load(str(run)).weights[:12],
     }
     assert conditions == {key: line[key] for key in conditions}
@@ -95,6 +97,88 @@ def test_the_report_tells_probes_apart_by_what_they_were_measured_on(data, run, 
     assert {row.settings for row in probe.rows} == {"graph_crop 32", "graph_crop 24"}
     assert "computed_in fp32" in probe.shared
     assert not {"graph", "data", "computed_in", "weights"} & {*probe.results}
+
+
+def test_lines_say_which_images_were_learnt_from_and_the_report_tells_them_apart(
+    data, run, tmp_path
+):
+    line = tmp_path / "quarantine.jsonl"
+    line.write_text('{"name": "none", "reason": "grey"}')
+    for more in (["data.per_class=2"], ["data.limit=9"], [f"data.quarantine={line}"], []):
+        assert evaluate.main([*command(data, tmp_path, str(run)), *more]) == 0
+    lines = journal.read(run)[1:]
+    (probe,) = probes.measured([lines])
+
+    subsets = [{k: v for k, v in line.items() if k.startswith("data_")} for line in lines]
+    assert subsets == [{"data_per_class": 2}, {"data_limit": 9}, {"data_quarantine": str(line)}, {}]
+    assert [line["train_images"] for line in lines] == [6, 9, 21, 21]
+    assert {line["val_images"] for line in lines} == {9}
+    assert len(probe.rows) == 4
+    assert "data_per_class 2" in probe.rows[0].settings
+
+
+def test_another_reader_than_the_folder_s_is_said_in_the_line(data, run, tmp_path):
+    lists = tmp_path / "lists"
+    lists.mkdir()
+    for split in ("train", "val"):
+        files = sorted((data / split).rglob("*.jpg"))
+        text = "".join(f"{file}\t{file.parent.name}\n" for file in files)
+        (lists / f"{split}.txt").write_text(text)
+    given = [f"data.root={lists}", "data.use=pipelines.readers.list"]
+    assert evaluate.main([*command(data, tmp_path, str(run))[:1], *given, *SMALL, str(run)]) == 0
+    line = journal.read(run)[-1]
+
+    assert (line["data"], line["data_use"]) == (str(lists), "pipelines.readers.list")
+
+
+@pytest.fixture(scope="module")
+def alike(recipe, tmp_path_factory) -> Path:
+    """A folder with a/rot and b/rot, runs of different weights."""
+    home = tmp_path_factory.mktemp("alike")
+    for name in ("a", "b"):
+        (home / name).mkdir()
+        saved(recipe, home / name / "rot", bias=0.1 if name == "a" else 0.2)
+    return home
+
+
+FILE = "rot/backbone.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("runs", "told"),
+    [
+        (["a/rot", "b/rot"], ["a/rot", "b/rot"]),
+        (["a/rot", "random:a/rot", "random:b/rot"], ["rot", "random:a/rot", "random:b/rot"]),
+        ([f"a/{FILE}", f"b/{FILE}"], ["a/rot", "b/rot"]),
+        (["a/rot", f"a/{FILE}"], ["a/rot", f"a/{FILE}"]),  # one network: as it is written
+        ([f"a/{FILE}"], ["rot"]),
+        (["a/rot/backbone.json", "torchvision:x"], ["rot", "torchvision:x"]),
+        (["x", "torchvision:x"], ["x", "torchvision:x"]),
+    ],
+)
+def test_runs_of_one_name_are_told_apart_by_the_folders_they_lie_in(alike, monkeypatch, runs, told):
+    monkeypatch.chdir(alike)
+    published = dataclasses.replace(few_images.tiny(), name="torchvision:x")
+    monkeypatch.setattr(trained, "_named", lambda _: published)
+    monkeypatch.setattr(trained, "_published", lambda _: published)
+    found = evaluate._told_apart(runs, [trained.load(each) for each in runs])
+
+    assert [each.name for each in found] == told
+
+
+def test_files_of_one_name_are_rows_and_journals_of_their_own(
+    data, alike, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    files = [str(alike / name / FILE) for name in ("a", "b")]
+    assert evaluate.main(command(data, tmp_path, *files)) == 0
+    table = capsys.readouterr().out.split("kNN accuracy")[1]
+    rows = [text.split()[1] for text in table.splitlines() if text.startswith("\u2502")]
+
+    assert rows == ["a/rot", "b/rot"]
+    for name, file in zip(("a-rot", "b-rot"), files, strict=True):
+        (line,) = journal.read(Path("evaluations") / name)
+        assert line["weights"] == trained.load(file).weights[:12]
 
 
 def test_no_more_neighbours_are_asked_than_there_are_images(data, run, tmp_path, capsys):
@@ -157,9 +241,12 @@ def test_sizes_that_nothing_says_are_told(data, run, tmp_path, capsys, monkeypat
     network = "backbone.use=tests.tiny_backbone"
     plain = [each for each in command(data, tmp_path, str(alone), network)]
     assert evaluate.main([each for each in plain if "evaluation." not in each]) == 0
-    assert "resize 256, crop 224 assumed; else give evaluation.resize=" in capsys.readouterr().out
+    assert (
+        "resize 256, crop 224, interpolation bilinear assumed; else give evaluation.resize="
+        in capsys.readouterr().out
+    )
     assert evaluate.main(command(data, tmp_path, str(run))) == 0
-    assert evaluate.main(plain) == 0
+    assert evaluate.main([*plain, "evaluation.interpolation=bilinear"]) == 0
     assert "assumed" not in capsys.readouterr().out
 
 
@@ -289,8 +376,8 @@ def test_the_run_s_own_preprocessing_holds_but_for_what_is_given(data, run, tmp_
         for path in sorted(tmp_path.glob("cache/*/features.json"), key=lambda p: p.stat().st_ctime)
     ]
 
-    assert about[0] == {"use": "pipelines.evaluation", "options": {"resize": 36, "crop": 32}}
-    assert about[-1]["options"] == {"resize": 40, "crop": 32}
+    assert about[0]["options"] == {"resize": 36, "crop": 32, "interpolation": "bilinear"}
+    assert about[-1]["options"] == {"resize": 40, "crop": 32, "interpolation": "bilinear"}
 
 
 def test_tables_of_different_networks_are_joined_by_column():
@@ -332,6 +419,9 @@ def test_fractions_are_printed_in_per_cent_and_other_numbers_as_they_are(capsys)
         (["knn", "x", "knn.neighbours=1"], "a list of int, got 1 (write [1])"),
         (["knn", "x", "knn.neighbours=[0]"], "neighbours ([0]) must be positive"),
         (["knn", "x", "data.root=/nowhere"], "x: no such file, and no network of that name"),
+        (["knn", "random:resnet10", "--data.root=A"], "--data.root=A: no RUN; write data.root=A"),
+        (["knn", "random:resnet10", "--seed=1"], "--seed=1: no RUN; write seed=1"),
+        (["knn", "random:resnet10", "data.root"], "data.root: no RUN; write data.root=..."),
         (["knn", "random:resnet10", "data.root=/nowhere"], "there is no folder"),
         (["knn", "random:resnet10", "evaluation.corp=1"], "evaluation.corp: unknown key; did you"),
         (["knn", "random:resnet10", "evaluation.crop=999"], "crop (999) must fit in resize (256)"),
@@ -362,6 +452,13 @@ def test_a_mistake_is_one_line_and_2(arguments, message, capsys):
     assert code == 2
     assert message in said.err
     assert said.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("wrong", ["--data.root=A", "data.root", "nothing", "evaluation.crop=999"])
+def test_the_built_in_images_are_not_drawn_before_a_mistake_is_told(monkeypatch, capsys, wrong):
+    monkeypatch.setattr(evaluate.demo, "render", lambda **_: pytest.fail("takes minutes"))
+    assert evaluate.main(["knn", "random:resnet10", "backbone.width=4", wrong]) == 2
+    assert "built-in" not in capsys.readouterr().out
 
 
 def test_help_lists_the_commands_and_the_keys_of_one(capsys):
@@ -408,7 +505,13 @@ def test_two_processes_give_what_one_gives_and_one_of_them_speaks(
         assert spoken.count("kNN accuracy") == 1
         assert spoken.count("1 of 21 images of train can't be decoded") == 1
     assert len(found) == 2 + 2  # two stages: written once each
-    assert found[:2] == found[2:]
+    one_image = 1 / 9 + 1e-6  # between two classes it may fall to either side
+    for alone, both in zip(found[:2], found[2:], strict=True):
+        sweeps = [each.pop("sweep_accuracies") for each in (alone, both)]
+        np.testing.assert_allclose(*sweeps, rtol=0, atol=one_image)
+        for name in ("accuracy", "top5"):
+            assert alone.pop(name) == pytest.approx(both.pop(name), abs=one_image)
+        assert alone == both
     assert rows[0].keys() == rows[1].keys()
     assert {shape[0] for shape, _ in rows[0]} == {20, 9}
     for key, values in rows[0].items():

@@ -12,12 +12,18 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import yaml
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from sklearn.linear_model import LogisticRegression
 
-from fastssl import evaluate, journal, train
+from fastssl import evaluate, features, journal, loader, train
+from fastssl.config import Part
+from fastssl.evaluation_task import Task
 from fastssl.evaluations import fewlabels
-from pipelines.readers import folder
+from pipelines import evaluation
+from pipelines.readers import folder, tar
+from tests import few_images
 
 CLASSES, TRAIN, VAL = 6, 12, 4  # images of each class
 
@@ -123,18 +129,20 @@ def _fresh_accelerator():
 
 
 def stop_when(there, asked: list[int]) -> threading.Thread:
-    """Sends this process a SIGTERM once `there` has a file; `asked` gets the new children's ids."""
+    """Sends this process a SIGTERM once `there` has a file, which is a little older than the child
+    that writes it, and a new child is there; `asked` gets the new children's ids."""
     # joblib keeps its workers for later tests
     before = {child.pid for child in psutil.Process().children()}
 
     def watch():
-        deadline = time.monotonic() + 60
-        while not there() and time.monotonic() < deadline:
+        deadline = time.monotonic() + 300
+        while time.monotonic() < deadline:
+            new = {child.pid for child in psutil.Process().children()} - before
+            if new and there():
+                asked.extend(new)
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
             time.sleep(0.01)
-        if there():
-            now = {child.pid for child in psutil.Process().children()}
-            asked.extend(now - before)
-            os.kill(os.getpid(), signal.SIGTERM)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -205,6 +213,109 @@ def test_finetuning_is_a_run_of_its_own_that_goes_on_and_is_not_repeated(command
     assert recipe["pipeline"]["image_size"] == 32
     assert (recipe["optim"]["weight_decay"], recipe["optim"]["nesterov"]) == (0.0, True)
     assert (recipe["optim"]["momentum"], recipe["optim"]["lr_batch"]) == (0.9, None)
+
+
+@pytest.fixture
+def _untrained(monkeypatch):
+    """Fine-tuning ends at once."""
+
+    def end(task: Task, path: Path, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        (folder / "backbone.json").write_text("{}")
+        line = {"step": 4, "probe": "val", "accuracy": 0.5, "top5": 1.0}
+        (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+
+    monkeypatch.setattr(fewlabels, "_run", end)
+
+
+@pytest.mark.usefixtures("_untrained")
+@pytest.mark.parametrize("change", ["nothing", "train", "val", "mtime"])
+def test_a_finished_finetuning_is_of_these_very_files(
+    command, copy, data, tmp_path, capsys, change
+):
+    images = shutil.copytree(data, tmp_path / "images")
+    given = ["fewlabels.method=[finetune]", "fewlabels.fractions=[0.25]", "fewlabels.seeds=[1]"]
+    asked = command(copy, f"data.root={images}", *given)
+    asked.remove(f"data.root={data}")
+    assert evaluate.main(asked) == 0
+    capsys.readouterr()
+    if change == "mtime":  # written to anew
+        os.utime(sorted((images / "val").rglob("*.jpg"))[0], (1e9, 1e9))
+    elif change != "nothing":
+        first, second = sorted((images / change).iterdir())[:2]
+        first.rename(images / "aside")
+        second.rename(first)
+        (images / "aside").rename(second)
+    assert evaluate.main(asked) == 0
+    again = capsys.readouterr().out
+    folders = [each.parent for each in copy.glob("evaluations/fewlabels/fraction-*/backbone.json")]
+    recipe = yaml.safe_load(Path(f"{folders[0]}.yaml").read_text())
+
+    if change == "nothing":
+        assert f"fewlabels: already fine-tuned: {folders[0]}" in again
+        assert len(folders) == 1
+    else:
+        assert "fewlabels: fine-tuning on 18 images" in again
+        assert "already" not in again
+        assert len(folders) == 2
+    assert recipe["data"]["root"] == str(images / "train")
+    assert recipe["probe"]["root"] == str(images)
+
+
+def test_the_recipe_of_an_object_store_is_tested_in_that_store(tmp_path):
+    url = "s3://bucket/sets"
+    task = Task(
+        trained=few_images.tiny(),
+        accelerator=Accelerator(cpu=True),
+        reader=Part(tar.__name__, tar, tar.Options(root=url)),
+        demo=False,
+        graph=Part(
+            evaluation.__name__,
+            evaluation,
+            evaluation.Options(resize=36, crop=32, interpolation="bicubic"),
+        ),
+        loading=loader.Options(),
+        features=features.Options(),
+        cache=tmp_path,
+        out=tmp_path,
+        seed=0,
+        say=print,
+    )
+    few = tar.Options(root=f"{url}/train", per_class=2)
+    subset = fewlabels._Subset(few, np.arange(4), "per_class", 2, 0)
+    recipe = fewlabels._recipe(task, fewlabels.Options(), subset, tmp_path)
+
+    assert recipe["data"]["root"] == f"{url}/train"
+    assert recipe["probe"]["root"] == url
+    sizes = {"resize": 36, "crop": 32, "interpolation": "bicubic"}
+    assert recipe["evaluation"] == {"use": "pipelines.evaluation", **sizes}
+
+
+def test_an_image_that_a_list_names_twice_is_as_many_images_as_are_used(
+    command, copy, data, tmp_path, monkeypatch
+):
+    for split in ("train", "val"):
+        files = sorted((data / split).rglob("*.jpg"))
+        text = [f"{file}\t{file.parent.name}\n" for file in files]
+        text += [f"{files[0]}\t{files[-1].parent.name}\n", *text]  # and one in two classes
+        (tmp_path / f"{split}.txt").write_text("".join(text))
+    found = []
+
+    def linear(task: Task, _, subset, __) -> tuple[float, float]:
+        train_split, _, _ = task.splits()
+        found.append((subset.rows, train_split.labels[np.isin(train_split.rows, subset.rows)]))
+        return 0.5, 1.0
+
+    monkeypatch.setattr(fewlabels, "_linear", linear)
+    given = ["fewlabels.method=[linear]", "fewlabels.fractions=[]", "fewlabels.per_class=[3,24]"]
+    asked = [each for each in command(copy, *given) if not each.startswith("data.")]
+    lists = [f"data.root={tmp_path}", "data.use=pipelines.readers.list"]
+    assert evaluate.main([*asked, *lists]) == 0
+
+    assert [line["images"] for line in lines(copy)] == [3 * CLASSES, 24 * CLASSES]
+    for rows, labels in found:
+        assert len({*rows.tolist()}) == len(rows) == len(labels)
+        assert len({*np.bincount(labels).tolist()}) == 1  # as many of each class
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,7 @@ def test_every_depth_has_a_column_and_a_line_with_its_settings(task):
         assert line["updates_done"] <= line["updates"] == 30
     widths = task.extract(task.splits()[1]).stages
     assert [line["l2"] for line in found] == [100 / (3 * widths[name].shape[1]) for name in STAGES]
+    assert not any("l2_given" in line for line in found)
 
 
 def test_training_images_as_val_are_learnt_and_missing_classes_count_for_nothing(task):
@@ -94,7 +95,11 @@ def test_training_images_as_val_are_learnt_and_missing_classes_count_for_nothing
 
     task._splits = (train, val, classes)
     linear.evaluate(task, options)
-    predicted = round(VAL * lines(task)[-1]["accuracy"])
+    line = lines(task)[-1]
+    predicted = round(VAL * line["accuracy"])
+    assert (
+        line["l2"] == line["l2_given"] == 0.0
+    )  # told from a default that is another at each stage
     assert 0 < predicted <= VAL
     assert set(val.labels) == {0, 1}
 
@@ -179,6 +184,10 @@ def test_k19_crops_at_random_without_a_flip_and_says_where_there_is_no_margin(ta
     assert len(said) == 1
     assert "random_crop has no margin" in said[0]
     assert said[0].endswith("evaluation.resize=64")
+    bicubic = evaluation.Options(resize=36, crop=32, interpolation="bicubic")
+    task.graph = Part("pipelines.evaluation", evaluation, bicubic)
+    linear.augmenting(task, PROTOCOLS[protocol])
+    assert "training images bilinear, those tested on are bicubic" in said[-1]
     assert linear.augmenting(task, PROTOCOLS["mlp"]) is None
 
 

@@ -4,6 +4,7 @@ PIRL (Misra & van der Maaten 2020, table 7): networks trained to tell a transfor
 their last stage, those trained to ignore it at the last one.
 """
 
+import json
 from typing import TYPE_CHECKING, Any
 
 from fastssl.analysis import drawing
@@ -12,27 +13,32 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def accuracies(
-    lines: list[dict[str, Any]], step: int, *, classes: int, images: int
-) -> dict[str, float]:
-    """The newest accuracy (0 ... 1) by L-BFGS of each stage in a run's journal, first to last.
+# What a line has only where it is not as by default begins so.
+_SELDOM = ("data_", "l2_given")
 
-    Of one protocol and one data set, as a run may have been probed by several and on several.
+
+def accuracies(
+    lines: list[dict[str, Any]], settings: dict[str, Any], *, train_images: int, val_images: int
+) -> dict[str, float]:
+    """The newest accuracy (0 ... 1) of each stage in a run's journal, first to last.
+
+    A run may have been probed in several ways and on several data sets: lines of others are left
+    out.
 
     Args:
         lines: of metrics.jsonl.
-        step: of the backbone: what was measured earlier in training does not count.
-        classes: of the data set.
-        images: of its val split; one in a hundred may have been undecodable.
+        settings: what a line must say, all of it: the step of the backbone, on what was measured
+            (`Task.conditions`), and how (`linear.settings`).
+        train_images: of the data set; one in a hundred may have been undecodable.
+        val_images: likewise.
     """
+    wanted = {"probe": "linear", **json.loads(json.dumps(settings))}  # no tuples: as it is read
+    counts = {"train_images": train_images, "val_images": val_images}
     return {
         line["stage"]: float(line["accuracy"])
         for line in lines
-        if line.get("probe") == "linear"
-        and line["step"] == step
-        and line.get("protocol") == "lbfgs"
-        and line.get("classes") == classes
-        and 0.99 * images <= line.get("val_images", 0) <= images
+        if {k: v for k, v in line.items() if k in wanted or k.startswith(_SELDOM)} == wanted
+        and all(0.99 * most <= line.get(key, 0) <= most for key, most in counts.items())
     }
 
 

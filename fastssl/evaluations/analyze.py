@@ -238,9 +238,12 @@ def _map(task: Task, options: Options) -> list[list[Cell]]:
 
 
 def _depth(task: Task) -> list[list[Cell]]:
-    """The linear probe of every stage, by L-BFGS where the journal does not have it."""
+    """The linear probe of every stage, by L-BFGS where the journal has none of this very kind."""
     if len(_by_depth(task, task.trained)) < 2:
-        task.say(f"depth: {task.trained.name} has no linear probe of its stages: L-BFGS is run")
+        task.say(
+            f"depth: the journal of {task.trained.name} has no linear probe of its stages on these "
+            "images with these settings: L-BFGS is run"
+        )
         linear.evaluate(task, linear.Options())
     return []
 
@@ -249,10 +252,6 @@ def _depth(task: Task) -> list[list[Cell]]:
 
 
 def _shared(what: str, task: Task, runs: tuple[Trained, ...], options: Options) -> list[list[Cell]]:
-    names = [trained.name for trained in runs]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise LeftOut(f"two runs are called {', '.join(twice)}: rename a folder")
     if what == "invariance":
         return _invariance(task, runs, options)
     if distributed.rank() != 0:
@@ -344,8 +343,9 @@ def _invariance(task: Task, runs: tuple[Trained, ...], options: Options) -> list
     for trained in runs:  # each into its own journal
         kind = "heads" if trained.name in heads else "backbone"
         found = as_trained[trained.name].numbers()
-        its = task if trained is task.trained else _of_other(task, trained)
-        its.log("invariance", {"functions": kind, "batchnorm": options.batchnorm, **found})
+        _of_other(task, trained).log(
+            "invariance", {"functions": kind, "batchnorm": options.batchnorm, **found}
+        )
     return table
 
 
@@ -439,7 +439,8 @@ def _downstream(task: Task, runs: list[Trained]) -> tuple[str, dict[str, float]]
     knn = {each.name: pretext.knn_accuracy(_journal(task, each), each.step) for each in runs}
     lacking = [name for name, found in knn.items() if found is None]
     if lacking:
-        raise LeftOut(f"{', '.join(lacking)} has no accuracy: run `linear` on it first")
+        names = ", ".join(lacking)
+        raise LeftOut(f"{names} has no accuracy on these images: run `linear` on it first")
     counts = {found[1] for found in knn.values() if found}
     recipes = {each.name: finished_run.recipe(each) for each in runs}
     if unknown := [name for name, recipe in recipes.items() if "probe" not in recipe]:
@@ -515,9 +516,19 @@ def _numbers_of(task: Task, trained: Trained) -> Path:
 
 
 def _by_depth(task: Task, trained: Trained) -> dict[str, float]:
-    _, val, classes = task.splits()
+    train, val, classes = task.splits()
+    its = _of_other(task, trained)
+    settings = {
+        "step": trained.step,
+        **its.conditions(),
+        **linear.settings(its, linear.Options()),
+        "classes": len(classes),
+    }
     return depth.accuracies(
-        _journal(task, trained), trained.step, classes=len(classes), images=len(val.rows)
+        _journal(task, trained),
+        settings,
+        train_images=len(train.rows),
+        val_images=len(val.rows),
     )
 
 
@@ -526,7 +537,11 @@ def _journal(task: Task, trained: Trained) -> list[dict[str, Any]]:
 
 
 def _of_other(task: Task, trained: Trained) -> Task:
-    return replace(task, trained=trained, out=_out(task, trained))
+    """The task of another run of this command, or of the same."""
+    if trained is task.trained:
+        return task
+    graph = next(graph for run, graph in zip(task.runs, task.graphs, strict=True) if run is trained)
+    return replace(task, trained=trained, out=_out(task, trained), graph=graph)
 
 
 def _out(task: Task, trained: Trained) -> Path:

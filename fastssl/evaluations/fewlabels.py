@@ -134,9 +134,12 @@ def evaluate(task: Task, options: Options) -> Table:
     amounts: list[tuple[str, float | int]] = [("fraction", each) for each in options.fractions]
     amounts += [("per_class", each) for each in options.per_class]
     # all of them before the first is trained: a class may have too few images
-    row_of = {train_split.samples.path(row): row for row in train_split.rows.tolist()}
+    listed = [
+        (train_split.samples.path(row), classes[label])
+        for row, label in zip(train_split.rows.tolist(), train_split.labels, strict=True)
+    ]
     subsets = {
-        amount: [_subset(task, *amount, seed, train_split, row_of) for seed in options.seeds]
+        amount: [_subset(task, *amount, seed, train_split, listed) for seed in options.seeds]
         for amount in amounts
     }
     if "finetune" in options.method:
@@ -212,15 +215,35 @@ def _say_of_finetuning(
 
 
 def _subset(
-    task: Task, key: str, value: float | int, seed: int, split: Split, row_of: dict[str, int]
+    task: Task,
+    key: str,
+    value: float | int,
+    seed: int,
+    split: Split,
+    listed: list[tuple[str, str]],
 ) -> _Subset:
-    """What the reader takes, as rows of the whole listing, by the files' paths."""
+    """What the reader takes, as rows of the whole listing.
+
+    A subset is in the order of the whole, so that an image that a list names twice is two rows.
+
+    Args:
+        task: with the reader's options.
+        key: of `data`, and its `value`.
+        value: how many images.
+        seed: which.
+        split: the whole.
+        listed: path and class of each of its rows.
+    """
     if key not in vars(task.reader.options):
         raise ValueError(f"data.use {task.reader.use} has no option {key}: it can't take a subset")
     plain = {"fraction": None, "per_class": None, "limit": None, "root": split.samples.root}
     given = replace(task.reader.options, **(plain | {key: value, "subset_seed": seed}))
     chosen = split.reader.list_samples(given, cache=task.cache, say=lambda _: None)
-    rows = [row_of[chosen.path(row)] for row in chosen.usable.tolist()]
+    every = zip(split.rows.tolist(), listed, strict=True)
+    rows = []
+    for row in chosen.usable.tolist():
+        image = (chosen.path(row), chosen.classes[chosen.labels[row]])
+        rows.append(next(at for at, its in every if its == image))
     return _Subset(given, np.array(rows, np.int64), key, value, seed)
 
 
@@ -268,7 +291,9 @@ def _finetune(task: Task, options: Options, subset: _Subset, classes: int) -> tu
     recipe = _recipe(task, options, subset, weights)
     name = f"{subset.key}-{subset.value:g}-seed-{subset.seed}-{_fingerprint(task, recipe)}"
     folder = (task.out / "fewlabels" / name).absolute()
-    if not (folder / "backbone.json").exists():
+    if (folder / "backbone.json").exists():
+        task.say(f"fewlabels: already fine-tuned: {folder}")
+    else:
         path = folder.with_name(f"{name}.yaml")
         path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
         task.say(f"fewlabels: fine-tuning on {len(subset.rows)} images, {folder}")
@@ -282,15 +307,18 @@ def _finetune(task: Task, options: Options, subset: _Subset, classes: int) -> tu
 def _fingerprint(task: Task, recipe: dict[str, Any]) -> str:
     """The same settings find their run again, others make one of their own.
 
-    What a run may go on with anew changes nothing that is learnt, and makes no other run.
+    What a run may go on with anew changes nothing that is learnt, and makes no other run. Files of
+    train or val that were added, removed, moved or written to make one.
     """
+    train_split, val_split, _ = task.splits()
+    files = [[each.samples.fingerprint, each.samples.written] for each in (train_split, val_split)]
     learnt = {
         f"{section}.{key}": value
         for section, keys in recipe.items()
         for key, value in keys.items()
         if f"{section}.{key}" not in config.FREE_ON_RESUME
     }
-    written = json.dumps([learnt, task.trained.weights], sort_keys=True)
+    written = json.dumps([learnt, task.trained.weights, files], sort_keys=True)
     return hashlib.sha256(written.encode()).hexdigest()[:8]
 
 
@@ -332,7 +360,8 @@ def _recipe(task: Task, options: Options, subset: _Subset, weights: Path) -> dic
     falls = {"schedule": "multistep", "milestones": drops} if drops else {"schedule": "constant"}
     evaluation = {"use": WHOLE_IMAGES}
     sizes = asdict(task.graph.options)
-    evaluation |= {key: sizes[key] for key in ("resize", "crop") if key in sizes}
+    kept = ("resize", "crop", "interpolation")
+    evaluation |= {key: sizes[key] for key in kept if key in sizes}
     crop = sizes.get("crop", 224)
     mixed = str(task.accelerator.mixed_precision)
     still = dict.fromkeys(("brightness", "contrast", "saturation", "hue", "grayscale"), 0)
@@ -370,7 +399,7 @@ def _recipe(task: Task, options: Options, subset: _Subset, weights: Path) -> dic
             "precision": "fp32" if mixed == "no" else mixed,
             "keep": 1,
         },
-        "probe": {"root": str(Path(subset.options.root).parent)},
+        "probe": {"root": task.reader.options.root},
     }
 
 

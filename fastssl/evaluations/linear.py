@@ -9,7 +9,7 @@ import importlib
 import time
 from dataclasses import asdict, replace
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, Literal
 
 from fastssl.config import Part
 from fastssl.evaluation_task import Cell, Table, Task
@@ -33,9 +33,7 @@ def evaluate(task: Task, options: Options) -> Table:
             learnt from, or training diverges.
     """
     train, val, classes = task.splits()
-    # What the command line says of `features` has precedence over the protocol.
-    pool, size = POOLING[options.protocol]
-    pool, size = task.features.pool or pool, task.features.size or size
+    pool, size = _pooling(task, options)
     task = replace(task, features=replace(task.features, pool=pool, size=size))
     sgd = options.sgd()
     if sgd is not None:
@@ -82,16 +80,28 @@ def evaluate(task: Task, options: Options) -> Table:
                 "accuracy": mean(top1),
                 "top5": top5,
                 **spread,
-                "protocol": options.protocol,
-                "solver": "lbfgs" if sgd is None else "sgd",
-                **_settings(options, sgd),
-                "features_pool": pool,
-                "features_size": size,
+                **settings(task, options),
                 **images,
                 **notes[stage],
             },
         )
     return _table(options, accuracies, images)
+
+
+def settings(task: Task, options: Options) -> dict[str, Any]:
+    """How the accuracies of `evaluate` are measured, as each line of the journal says it.
+
+    L-BFGS's penalty comes on top, `l2`, which by default is another at each stage.
+    """
+    sgd = options.sgd()
+    pool, size = _pooling(task, options)
+    return {
+        "protocol": options.protocol,
+        "solver": "lbfgs" if sgd is None else "sgd",
+        **_settings(options, sgd),
+        "features_pool": pool,
+        "features_size": size,
+    }
 
 
 def _by_lbfgs(
@@ -255,6 +265,11 @@ def augmenting(task: Task, sgd: Sgd | None) -> Part | None:
             f"run is evaluated by {task.graph.use}: give linear.augment=none"
         )
     resize, crop = task.graph.options.resize, task.graph.options.crop
+    if task.graph.options.interpolation != "bilinear":
+        task.say(
+            f"linear.augment={sgd.augment} resizes training images bilinear, those tested on are "
+            f"{task.graph.options.interpolation}: linear.augment=none has both alike"
+        )
     if sgd.augment == "random_crop":
         if crop == resize:
             task.say(
@@ -288,9 +303,16 @@ def _say_what(task: Task, options: Options, sgd: Sgd | None, train: Split) -> No
     )
 
 
+def _pooling(task: Task, options: Options) -> tuple[Literal["max", "avg"], int]:
+    """What the command line says of `features` has precedence over the protocol."""
+    pool, size = POOLING[options.protocol]
+    return task.features.pool or pool, task.features.size or size
+
+
 def _settings(options: Options, sgd: Sgd | None) -> dict[str, Any]:
     if sgd is None:
-        own = {"updates": options.updates, "l2": options.l2, "tolerance": options.tolerance}
+        given = {} if options.l2 is None else {"l2_given": options.l2}
+        own = {"updates": options.updates, "tolerance": options.tolerance, **given}
         return {**own, "standardize": options.standardize}
     return {**asdict(sgd), "standardize": options.standardize, "seeds": options.seeds}
 
