@@ -1,7 +1,8 @@
 """Mends two things that `accelerate launch` (1.15) does on the way to train.py.
 
 It says that it starts several CPU processes and starts one, and it dies of a signal without passing
-it on. Nothing happens under torchrun, or when train.py is run by hand.
+it on. Nothing happens under torchrun, or when train.py is run by hand. Also: how torchrun is
+started on one machine.
 """
 
 import ctypes
@@ -21,6 +22,16 @@ def mend() -> None:
     # address at which the processes should meet and runs the script once.
     if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ and not _under_mpi():
         _start_them_all()
+
+
+def torchrun(processes: int | str) -> list[str]:
+    """What python is to be given, before a script, to start processes on this machine alone.
+
+    They meet on loopback: by default torchrun gives them the machine's name, and where that leads
+    nowhere they look for each other for minutes.
+    """
+    here = ["--standalone", "--local-addr=127.0.0.1", f"--nproc_per_node={processes}"]
+    return ["-m", "torch.distributed.run", *here]
 
 
 def _end_with_launcher() -> None:
@@ -44,8 +55,7 @@ def _start_them_all() -> None:
         )
     for name in ("MASTER_ADDR", "MASTER_PORT"):  # torchrun finds a free port of its own
         del os.environ[name]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    os.execv(sys.executable, [sys.executable, *torchrun, *sys.argv])
+    os.execv(sys.executable, [sys.executable, *torchrun(processes), *sys.argv])
 
 
 def _value(command: list[str], flag: str) -> str | None:

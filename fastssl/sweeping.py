@@ -24,7 +24,7 @@ from typing import IO, Any
 
 import yaml
 
-from fastssl import checkpoint, config, journal, stopping
+from fastssl import checkpoint, config, journal, launcher, stopping
 from fastssl.config import Recipe, RecipeError
 from fastssl.recipe_text import in_yaml
 
@@ -191,8 +191,7 @@ class Runner:
         """
         launch = ["-m", module, *arguments]
         if processes > 1:
-            torchrun = ["-m", "torch.distributed.run", "--standalone"]
-            launch = [*torchrun, f"--nproc_per_node={processes}", *launch]
+            launch = [*launcher.torchrun(processes), *launch]
         last: deque[str] = deque(maxlen=_REMEMBERED)
         with contextlib.ExitStack() as until_the_end:
             file = None

@@ -7,7 +7,10 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in train.py; before torch is imported
+from tests.shell import ENVIRONMENT
+
+os.environ.clear()  # before torch is imported, which reads some of it
+os.environ.update(ENVIRONMENT)
 
 import numpy as np
 import pytest
@@ -38,12 +41,9 @@ def demo_images():
 
 @pytest.fixture(scope="session")
 def environ(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The environment for a process that a test starts: nothing in it leads to other code, to
-    another process group or to the user's own settings of Accelerate."""
-    foreign = ("PYTHON", "ACCELERATE_", "PET_", "MASTER_")
-    ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(foreign) and k not in ranks}
-    return kept | {"HF_HOME": str(tmp_path_factory.mktemp("huggingface")), "OMP_NUM_THREADS": "1"}
+    """The environment for a process that a test starts, without the user's own settings of
+    Accelerate."""
+    return {**os.environ, "HF_HOME": str(tmp_path_factory.mktemp("huggingface"))}
 
 
 @pytest.fixture(scope="session")

@@ -223,9 +223,12 @@ def test_a_demo_s_numbers_are_those_of_its_run(tmp_path, demo):
     assert f"| {100 * before:.1f} % | {100 * after:.1f} % |\n" in done.out
 
 
-def test_a_demo_that_fails_is_told_and_counts(demo):
-    wrong = ["recipes/pirl_jigsaw.yaml", "optim.lr=-1.0"]
-    done, written = demo(*wrong, code=1)
+def test_a_demo_that_fails_is_told_and_counts(demo, tmp_path, monkeypatch):
+    stub = tmp_path / "python"  # which says what accelerate and train.py would, seconds later
+    stub.write_text("#!/bin/sh\necho 'optim: lr (-1.0) must be above 0'\nexit 1\n")
+    stub.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(stub))
+    done, written = demo("recipes/pirl_jigsaw.yaml", "optim.lr=-1.0", code=1)
     (row,) = written.rows
 
     assert "| pirl_jigsaw | failed (1) |" in done.out

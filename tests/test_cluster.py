@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from accelerate.commands.config.config_args import ClusterConfig, load_config_fr
 from accelerate.utils import DistributedType
 
 from fastssl import checkpoint, journal
+from tests import agents
 
 FOLDER = Path(__file__).resolve().parents[1] / "recipes" / "cluster"
 CONFIGS = sorted(FOLDER.glob("*.yaml"))
@@ -39,18 +39,11 @@ def same_image_40_times(tmp_path_factory, demo_images) -> Path:
     return root / "train"
 
 
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
-
-
 def run_on_two_machines(
     folder: Path, recipe: Path, root: str, checkout: Path, environ: dict[str, str]
 ) -> list[tuple[int, str]]:
     """Exit code and output of both; each has a cache and a working directory of its own."""
     (folder / "spied").mkdir()
-    port = free_port()
     overrides = [
         f"data.root={root}",
         f"train.out={folder / 'run'}",
@@ -66,25 +59,23 @@ def run_on_two_machines(
         "train.log_steps=1",
         "probe.batch=16",
     ]
-    machines = []
-    for number in (0, 1):
+
+    def start(number: int, port: int) -> subprocess.Popen[str]:
         torchrun = ["-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", str(number)]
         meeting = ["--master_addr", "127.0.0.1", "--master_port", str(port)]
         script = ["--nproc_per_node", "1", checkout / "fastssl" / "train.py", recipe, *overrides]
         here = {"FASTSSL_CACHE": str(folder / f"cache-{number}")}
         (folder / f"machine-{number}").mkdir(exist_ok=True)
-        machines.append(
-            subprocess.Popen(
-                [sys.executable, *torchrun, *meeting, *script],
-                env=environ | here | {"SPY_FOLDER": str(folder / "spied")},
-                cwd=folder / f"machine-{number}",
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
+        return subprocess.Popen(
+            [sys.executable, *torchrun, *meeting, *script],
+            env=environ | here | {"SPY_FOLDER": str(folder / "spied")},
+            cwd=folder / f"machine-{number}",
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
-    said = [machine.communicate()[0] for machine in machines]
-    return [(machine.returncode, text) for machine, text in zip(machines, said, strict=True)]
+
+    return agents.two(start)
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """The built-in images: what they promise as a data set, and how they come into the cache."""
 
+import itertools
 import json
 import os
 import shutil
@@ -14,12 +15,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
-from torchvision.models import resnet18
 
 from fastssl import demo
 
 FEW = {"train": 2, "val": 1}  # images a class, where a test draws some of its own
-STEPS = 120  # of the training with labels
+STEPS = 200  # of the training with labels
 
 
 def silent(text: str) -> None:
@@ -137,12 +137,19 @@ def test_mean_colour_tells_next_to_nothing_about_the_class(pixels):
 
 @pytest.fixture(scope="session")
 def accuracy(pixels) -> dict[str, float]:
-    """Of a ResNet-18 trained with labels for a minute: on upright images and on inverted ones."""
+    """Of four convolutions trained with labels: on upright images and on inverted ones.
+
+    0.9 and 0.45 with seed 0; those of other seeds are within 0.05 of that.
+    """
     (train, labels), (val, truth) = pixels["train"], pixels["val"]
     torch.manual_seed(0)
-    network = resnet18(num_classes=len(demo.CLASSES))
-    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=STEPS)
+    layers: list[nn.Module] = []
+    for wide, wider in itertools.pairwise((3, 16, 32, 64, 128)):
+        layers += [nn.Conv2d(wide, wider, 3, 2, 1), nn.BatchNorm2d(wider), nn.ReLU()]
+    pool = [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    network = nn.Sequential(*layers, *pool, nn.Linear(128, len(demo.CLASSES)))
+    optimizer = torch.optim.AdamW(network.parameters(), lr=5e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=STEPS)
     for _ in range(STEPS):
         rows = torch.randint(len(train), (32,))
         top, left = torch.randint(9, (2,)).tolist()

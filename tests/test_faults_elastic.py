@@ -6,7 +6,6 @@ out-of-memory killer would: by SIGKILL, in the midst of a step or of a checkpoin
 
 import json
 import random
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from fastssl import checkpoint, data, train
-from tests import few_images
+from tests import agents, few_images
 from tests.small_run import SMALL, STEPS, assert_same_run, lines, newest, stop_at
 
 SPY = "objective.use=tests.spy_faults"
@@ -171,6 +170,21 @@ def test_restarts_that_torchrun_could_not_do_are_warned_of_at_the_start(undistur
 
 # ---- Another number of processes -----------------------------------------------------------------
 
+# torchrun, from where another with the other number has been loaded too.
+TOGETHER = """
+import sys, time
+from pathlib import Path
+from torch.distributed import run
+
+number = sys.argv.pop(1)
+Path(__file__).with_name(f"loaded-{number}").touch()
+other = Path(__file__).with_name(f"loaded-{1 - int(number)}")
+deadline = time.monotonic() + 300
+while not other.exists() and time.monotonic() < deadline:
+    time.sleep(0.01)
+run.main()
+"""
+
 
 def test_a_run_goes_on_with_more_processes_inside_an_epoch_each_image_once(
     line, torchrun, images, tmp_path, monkeypatch
@@ -203,34 +217,32 @@ def test_a_run_goes_on_with_more_processes_inside_an_epoch_each_image_once(
 def test_a_machine_that_is_lost_is_gone_on_without_and_each_image_is_seen_once_an_epoch(
     line, checkout, environ, tmp_path
 ):
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = one.getsockname()[1]
     arguments = line(tmp_path, "train.log_steps=5")
-    machines = []
-    for number in (0, 1):
-        # Silent for 2 s is dead; by default torchrun waits longer, and 600 s for enough machines.
-        soon = "last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=2"
+    # Two that come later than last_call_timeout after each other would not be one run.
+    (tmp_path / "together.py").write_text(TOGETHER)
+
+    def start(number: int, port: int) -> subprocess.Popen[str]:
+        # Silent for 5 s is dead; by default torchrun waits longer, and 600 s for enough machines.
+        soon = "last_call_timeout=5,keep_alive_interval=1,keep_alive_max_attempt=5"
         meeting = [f"--rdzv-endpoint=127.0.0.1:{port}", f"--rdzv-conf=is_host={1 - number},{soon}"]
         flags = ["--nnodes=1:2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=machines"]
         script = ["--max-restarts=2", checkout / "fastssl" / "train.py", *arguments]
         own = {"SPY_FOLDER": str(tmp_path / "spied"), "FASTSSL_CACHE": str(tmp_path / str(number))}
         lost = {"FAULTS": "0:machine:7 1:machine:7"} if number == 1 else {}  # whatever its rank
-        machines.append(
-            subprocess.Popen(
-                [sys.executable, "-m", "torch.distributed.run", *flags, *meeting, *script],
-                env=environ | OWN_STORE | own | lost,
-                cwd=checkout,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
+        return subprocess.Popen(
+            [sys.executable, tmp_path / "together.py", str(number), *flags, *meeting, *script],
+            env=environ | OWN_STORE | own | lost,
+            cwd=checkout,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
-    said = [machine.communicate()[0] for machine in machines]
 
-    assert [machine.returncode for machine in machines] == [0, -9], said
-    assert "step-00000004.pt (step 4)" in said[0]  # within the first epoch of 5 steps
-    assert "processes: 2 before, 1 now" in said[0]
+    (code, said), (other, last) = agents.two(start)
+
+    assert (code, other) == (0, -9), (said, last)
+    assert "step-00000004.pt (step 4)" in said  # within the first epoch of 5 steps
+    assert "processes: 2 before, 1 now" in said
     first = [row for rank in (0, 1) for step in spied(tmp_path, rank)[:4] for row in step["images"]]
     rest = [step["images"] for step in spied(tmp_path, 0)[-11:]]  # after step 4, alone
     assert sorted(first + rest[0]) == list(range(40))

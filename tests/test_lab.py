@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from scipy.spatial import ConvexHull
 from skimage import color
 
 from fastssl import lab
@@ -88,7 +89,9 @@ def test_the_bins_are_the_grid_points_within_a_step_of_the_hull_of_all_colors():
     # the directions closely enough: at 9.8 to 10.0 the answer is the same.
     turn = torch.arange(0, 2 * torch.pi, torch.pi / 1800, dtype=torch.float64)
     directions = torch.stack([turn.cos(), turn.sin()])
-    reach = (surface().double() @ directions).amax(0) + 9.95 * directions.abs().sum(0)
+    colors_there = surface().double()
+    corners = colors_there[ConvexHull(colors_there.numpy()).vertices]
+    reach = (corners @ directions).amax(0) + 9.95 * directions.abs().sum(0)
     grid = torch.cartesian_prod(torch.arange(-150, 151, 10), torch.arange(-150, 151, 10))
     inside = (grid.double() @ directions <= reach).all(1)
     bins = lab.Bins()

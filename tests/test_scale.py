@@ -176,7 +176,7 @@ def test_the_tiny_file_is_a_real_image(tmp_path):
     assert np.asarray(Image.open(path)).shape == (8, 8)
 
 
-def test_memory_is_what_a_call_adds_and_the_peak_what_it_needed_on_the_way(checkout):
+def test_memory_is_what_a_call_adds_and_the_peak_what_it_needed_on_the_way(checkout, environ):
     # in a process of its own: the kernel may take from one that has grown large meanwhile
     measure = """
 import numpy as np
@@ -190,7 +190,8 @@ def work():
 again, held = scale_points.held(work)
 print(kept.nbytes, again.nbytes, peak, held)
 """
-    said = subprocess.check_output([sys.executable, "-c", measure], cwd=checkout, text=True)
+    command = [sys.executable, "-c", measure]
+    said = subprocess.check_output(command, cwd=checkout, env=environ, text=True)
     kept, again, peak, held = map(float, said.split())
 
     assert kept == again == 50_000_000

@@ -163,7 +163,6 @@ def test_two_processes_give_what_one_gives(measured, devkit, tmp_path, environ, 
     (both,) = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     alone = next(each for each in lines if each["probe"] == "svm" and each["stage"] == "pool")
     assert both["by_class"] == pytest.approx(alone["by_class"])
-    assert both["chosen_costs"] == alone["chosen_costs"]
     assert done.stdout.count("mean average precision") == 1
 
 

@@ -14,8 +14,9 @@ from typing import ClassVar
 import pytest
 import torch
 from PIL import Image
+from torch.distributed import run
 
-from fastssl import backbone_file, config, evaluate, journal, measuring, sweeping
+from fastssl import backbone_file, config, evaluate, journal, launcher, measuring, sweeping
 from fastssl.config import RecipeError
 from fastssl.evaluations import sweep
 from fastssl.sweeping import Outcome, Runner
@@ -351,7 +352,7 @@ import sys, time
 from pathlib import Path
 
 print("warning: heard?", file=sys.stderr, flush=True)
-for _ in range(3000):
+for _ in range(30000):
     if Path(sys.argv[1]).exists():
         break
     time.sleep(0.01)
@@ -403,6 +404,17 @@ def test_what_a_process_says_to_a_file_is_told_too(speaks, tmp_path):
 
     assert ended == (3, "error: gr\u00fc\u00dfe")
     assert log.read_text(encoding="utf-8").splitlines()[-1] == "and more"
+
+
+def test_processes_of_one_machine_meet_on_loopback_whatever_its_name_leads_to(monkeypatch):
+    monkeypatch.delenv("PET_LOCAL_ADDR")  # shell.py's, for the same
+    python = launcher.torchrun(2)
+    arguments = run.parse_args([*python[2:], "script.py"])
+    there, _, _ = run.config_from_args(arguments)
+
+    assert python[:2] == ["-m", "torch.distributed.run"]
+    assert (there.local_addr, there.nproc_per_node, there.max_nodes) == ("127.0.0.1", 2, 1)
+    assert arguments.standalone
 
 
 def test_help_lists_what_a_sweep_takes():

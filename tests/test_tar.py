@@ -217,12 +217,12 @@ def test_options_that_cannot_be_are_refused(value):
 def test_more_shards_than_files_may_be_open_have_the_limit_raised_or_are_refused(
     stores, monkeypatch
 ):
-    monkeypatch.setattr(tar_local, "OTHER_FILES", 2000)
+    monkeypatch.setattr(tar_local, "OTHER_FILES", 400)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (500, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
         count = len(opened(stores["raw"])[0].shards)
-        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (2000 + count, hard)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (400 + count, hard)
         monkeypatch.setattr(tar_local, "OTHER_FILES", hard)
         found = error(stores["raw"])
     finally:
