@@ -6,6 +6,7 @@ left as the first pass made them, and random numbers are the same again.
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,20 +14,24 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 
-def checkpointed(module: nn.Module, x: Tensor) -> Tensor:
+def checkpointed(module: nn.Module, x: Tensor, *others: Any, **named: Any) -> Any:
     """What `module(x)` is; of what is needed for its gradients only `x` is kept (Chen et al. 2016).
 
     Args:
         module: layers of which each is called once.
         x: input.
+        others: what else the module is called with, which is kept too.
+        named: the same, by keywords.
     """
     if torch.compiler.is_compiling():  # the compiler's second pass does without side effects
-        return checkpoint(module, x, use_reentrant=False)
+        return checkpoint(module, x, *others, use_reentrant=False, **named)
     return checkpoint(
         module,
         x,
+        *others,
         use_reentrant=False,
         context_fn=lambda: (contextlib.nullcontext(), statistics_kept(module)),
+        **named,
     )
 
 

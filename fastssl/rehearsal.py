@@ -7,6 +7,8 @@ neither memory nor the time of a step.
 
 import contextlib
 import copy
+import logging
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -43,19 +45,19 @@ def rehearse(
         return  # the loader will say which files can't be decoded
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     on_paper = _on_paper(objective, mode)
-    with mode, torch.enable_grad():
+    with mode, torch.enable_grad(), _quiet():
         batch = {
             key: torch.empty((images, *tensor.shape[1:]), dtype=tensor.dtype)
             for key, tensor in tensors.items()
         }
         try:
             # What a rehearsal can't do (an operator that needs values) says nothing of the run.
-            with contextlib.suppress(NotImplementedError, RuntimeError):
+            with contextlib.suppress(RuntimeError):
                 on_paper(**batch)
-        except ValueError as error:
+        except (ValueError, AssertionError) as error:
             raise RecipeError(
                 f"{name} can't be trained on what {pipeline.use} puts out, {images} images at a "
-                f"time (train.batch / (processes x train.accumulate)): {error}"
+                f"time (train.batch / (processes x train.accumulate)): {_reason(error)}"
             ) from error
 
 
@@ -79,19 +81,23 @@ def rehearse_probe(
         return
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     on_paper = _on_paper(backbone, mode).eval()
-    with mode, torch.no_grad():
+    with mode, torch.no_grad(), _quiet():
         shapes = {
             key: torch.empty(tensor.shape, dtype=tensor.dtype) for key, tensor in tensors.items()
         }
         try:
             # As above: what a rehearsal can't do says nothing of the run.
-            with contextlib.suppress(NotImplementedError, RuntimeError):
+            with contextlib.suppress(RuntimeError):
                 represent(on_paper, shapes, how)
-        except ValueError as error:
+        except (ValueError, AssertionError) as error:
             raise RecipeError(
-                f"the backbone can't be probed on what {evaluation.use} puts out: {error} (the "
-                "section evaluation says their size)"
+                f"the backbone can't be probed on what {evaluation.use} puts out: {_reason(error)} "
+                "(the section evaluation says their size)"
             ) from error
+
+
+def _reason(error: Exception) -> str:
+    return str(error) or "an assertion of the network does not hold"
 
 
 def _on_paper(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
@@ -99,6 +105,17 @@ def _on_paper(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
     originals = [*module.parameters(), *module.buffers()]
     shapes: dict[int, Any] = {id(tensor): mode.from_tensor(tensor) for tensor in originals}
     return copy.deepcopy(module, shapes)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's log of operators that fail, tracebacks of which say less than the error."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 def _one_image(data: Part, samples: Any, pipeline: Part) -> dict[str, Tensor] | None:

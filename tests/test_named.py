@@ -1,6 +1,7 @@
 """Networks by torchvision's and timm's names: features, keys, every depth, and clear noes."""
 
 import copy
+import functools
 import os
 import pickle
 import sys
@@ -53,7 +54,17 @@ IN_BLOCKS = (
     "timm:regnety_002",
     "timm:vit_tiny_patch16_224",
 )
-FIXED = ("torchvision:vit_b_32", "timm:vit_tiny_patch16_224")
+# whose blocks are called with more than images (their height and width, rotary embeddings, biases
+# of positions) or give more; and what makes networks small
+_TINY = {"depth": 4, "embed_dim": 48, "num_heads": 3}
+CALLED_WITH_MORE = {
+    "timm:beit_base_patch16_224": _TINY,
+    "timm:eva02_tiny_patch14_224": {"patch_size": 16, **_TINY},
+    "timm:vit_base_patch16_rope_mixed_224": _TINY,
+    "timm:xcit_nano_12_p16_224": {**_TINY, "embed_dim": 96},
+    "timm:mvitv2_tiny": {},
+}
+FIXED = ("torchvision:vit_b_32", "timm:vit_tiny_patch16_224", *CALLED_WITH_MORE)
 
 
 def build(name, **options):
@@ -282,8 +293,7 @@ def test_finding_the_least_size_leaves_no_trace():
     network = named.backbone(named.Options(name="torchvision:resnet18"))
     random = torch.get_rng_state()
     twin = copy.deepcopy(network).requires_grad_(False)
-    network.pixels.least = trial_pass.least_side(network.network, 224)
-    assert network.pixels.least == 17
+    assert trial_pass.least_side(network.network, 224) == 17
     assert torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(twin.state_dict()[k], v) for k, v in network.state_dict().items())
     torch.manual_seed(0)
@@ -318,8 +328,7 @@ def trained_once(name, *, recompute):
     return network, features, gradients, sum(kept.values()), after
 
 
-@pytest.mark.parametrize("name", IN_BLOCKS)
-def test_blocks_computed_again_keep_less_and_give_the_very_same_gradients(name):
+def assert_the_same_in_less_memory(name):
     plain, features, gradients, kept, random = trained_once(name, recompute=False)
     again, features_too, gradients_too, kept_too, random_too = trained_once(name, recompute=True)
 
@@ -331,6 +340,25 @@ def test_blocks_computed_again_keep_less_and_give_the_very_same_gradients(name):
     assert list(state) == list(state_too)
     assert all(torch.equal(state[key], state_too[key]) for key in state)  # running statistics too
     assert kept_too < 0.6 * kept  # googlenet 0.52: its stem is no block
+
+
+@pytest.mark.parametrize("name", IN_BLOCKS)
+def test_blocks_computed_again_keep_less_and_give_the_very_same_gradients(name):
+    assert_the_same_in_less_memory(name)
+
+
+@pytest.mark.parametrize("name", CALLED_WITH_MORE)
+def test_blocks_that_are_called_with_more_than_images_can_be_computed_again(name, monkeypatch):
+    small = functools.partial(timm.create_model, **CALLED_WITH_MORE[name])
+    monkeypatch.setattr(timm, "create_model", small)
+    assert_the_same_in_less_memory(name)
+    plain, again = build(name), build(name, activation_checkpointing=True)
+    x = pixels(64)
+    with torch.no_grad():
+        wanted, found = plain.stages(x), again.stages(x)
+
+    assert list(wanted) == list(found)
+    assert all(torch.equal(wanted[stage], found[stage]) for stage in wanted)
 
 
 @pytest.mark.parametrize("name", ["torchvision:efficientnet_b0", "timm:regnety_002"])
@@ -394,6 +422,61 @@ def test_convolutions_stay_channels_last_under_autocast(name):
     assert len(seen) > 20
     assert all(each.dtype == torch.bfloat16 for each in seen)
     assert all(each.is_contiguous(memory_format=torch.channels_last) for each in seen)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("crossvit_tiny_240", 64), ("levit_128s", 100), ("botnet26t_256", 100)]
+)
+def test_a_size_with_which_the_network_is_made_but_does_not_run_is_refused_at_once(name, size):
+    with pytest.raises(ValueError, match=rf"^image_size \({size}\): {name} does not take imag"):
+        build(f"timm:{name}", image_size=size)
+
+
+def test_a_size_that_the_network_does_not_take_is_not_called_too_small_and_others_go_on():
+    network = build("timm:hrnet_w18_small")
+    with torch.no_grad():
+        for side in (48, 250):
+            near = {48: "32, 64, 224", 250: "224, 256"}[side]
+            with pytest.raises(
+                ValueError,
+                match=rf"^hrnet_w18_small does not take images of {side} x {side} pixels; it takes "
+                rf"for example {near} pixels a side$",
+            ):
+                network(pixels(side, 1))
+        features = network(pixels(32, 1))
+
+    assert features.shape == (1, network.dim)
+    assert network.pixels.least == 1
+
+
+class TakesMultiples(nn.Module):
+    """A network of images of `step`, 2 x `step`, ... pixels a side, of `least` or more."""
+
+    def __init__(self, step: int, least: int = 1):
+        super().__init__()
+        self.layer, self.step, self.least = nn.Linear(1, 1), step, least
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert x.shape[2] >= self.least
+        return x.unflatten(2, (-1, self.step))
+
+
+@pytest.mark.parametrize(
+    ("step", "least", "usual", "found"),
+    [(1, 1, 224, 1), (1, 37, 224, 37), (1, 90, 224, 90), (42, 1, 504, None), (32, 1, 224, None)],
+)
+def test_there_is_a_least_size_only_where_all_below_are_too_small_and_none_above(
+    step, least, usual, found
+):
+    assert trial_pass.least_side(TakesMultiples(step, least), usual) == found
+
+
+def test_sizes_nearby_are_those_that_the_network_takes():
+    sides = {
+        side: trial_pass.sides_near(TakesMultiples(64), side) for side in (20, 64, 100, 128, 140)
+    }
+
+    assert sides == {20: [], 64: [], 100: [128], 128: [], 140: [128]}
 
 
 @pytest.mark.parametrize("name", ["torchvision:resnet18", "timm:resnet18"])

@@ -59,6 +59,10 @@ def test_a_network_by_name_is_trained_and_probed_at_every_depth(network, data, c
             ["backbone.name=timm:vit_tiny_patch16_224", "pipeline.image_size=24"],
             "a network that takes 224 x 224 only",
         ),
+        (
+            ["backbone.name=timm:hrnet_w18_small", "pipeline.image_size=48"],
+            "hrnet_w18_small does not take images of 48 x 48 pixels; it takes for example 32, 64, ",
+        ),
     ],
 )
 def test_images_of_a_size_that_the_network_refuses_are_told_before_anything_is_written(
@@ -67,11 +71,13 @@ def test_images_of_a_size_that_the_network_refuses_are_told_before_anything_is_w
     recipe, run = str(checkout / "recipes" / "rotation.yaml"), tmp_path / "run"
     given = [f"data.root={data / 'train'}", f"train.out={run}", NAMED, *SMALL, *changed]
     code = train.main([recipe, *given])
-    last = capsys.readouterr().err.splitlines()[-1]
+    said = capsys.readouterr().err
+    last = said.splitlines()[-1]
 
     assert code == 2
     assert last.startswith("error: ")
     assert message in last
+    assert "Traceback" not in said
     assert not run.exists()
 
 

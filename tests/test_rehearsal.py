@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from fastssl import config, demo, train
 from fastssl.rehearsal import rehearse
@@ -53,6 +54,27 @@ def test_an_image_among_the_class_folders_means_that_there_are_no_classes(
         capsys.readouterr().err
     )
     assert not (tmp_path / "run").exists()
+
+
+class Asserts(nn.Module):
+    def __init__(self, text: str):
+        super().__init__()
+        self.text = text
+
+    def forward(self, **_):
+        raise AssertionError(*[self.text] * bool(self.text))
+
+
+@pytest.mark.parametrize("text", ["height (25) must be divisible by window (8)", ""])
+def test_an_assertion_of_a_network_is_one_line(text, demo_images):
+    recipe = config.load(CHECKOUT / "recipes" / "rotation.yaml")
+    samples = recipe.data.module.list_samples(recipe.data.options, cache=demo.cache(), say=print)
+    said = text or "an assertion of the network does not hold"
+    with pytest.raises(config.RecipeError) as error:
+        rehearse(recipe.data, samples, recipe.pipeline, Asserts(text), name="mine", images=4)
+
+    assert str(error.value).startswith("mine can't be trained on what pipelines.rotation puts out,")
+    assert str(error.value).endswith(f": {said}")
 
 
 def test_a_rehearsal_leaves_the_objective_and_the_random_state_as_they_were(demo_images):

@@ -238,9 +238,11 @@ def test_frozen_weights_have_no_gradient_and_those_before_and_behind_have_theirs
             assert_same([one.grad], [other.grad])
 
 
-@pytest.mark.parametrize("how", ["weight", "mode", "functional"])
+@pytest.mark.parametrize("how", ["weight", "mode", "functional", "statistics"])
 def test_units_that_are_others_in_the_backward_pass_are_refused_not_wrong(how):
     network, x = build().double(), images()
+    if how == "statistics":  # that batch norm reads in eval mode only
+        network.eval()
     if how == "functional":
         others = {key: value + 0.1 for key, value in network.named_parameters()}
         loss = torch.func.functional_call(network, others, (x,)).sum()
@@ -249,6 +251,8 @@ def test_units_that_are_others_in_the_backward_pass_are_refused_not_wrong(how):
     if how == "weight":
         with torch.no_grad():
             dict(network.named_parameters())["layer1.0.conv1.weight"].add_(0.1)
+    if how == "statistics":
+        dict(network.named_buffers())["layer1.0.norm1.running_mean"].add_(0.1)
     if how == "mode":
         network.eval()
 

@@ -112,7 +112,7 @@ class Backbone(nn.Module):
         library, _, name = options.name.partition(":")
         make = _from_torchvision if library == "torchvision" else _from_timm
         made = make(name, options.pretrained, options.image_size)
-        self.library = library
+        self.library, self._name = library, name
         self.network, self.dim, self.normalization, usual, is_fixed = made
         self.image_size = usual if is_fixed else None  # pixels a side; None: of any size
         self._usual = usual
@@ -120,6 +120,11 @@ class Backbone(nn.Module):
         remedy = "or another network: fastssl.backbones.resnet with backbone.stem=small takes 5"
         # The least size is searched for when a smaller image fails: it takes several passes.
         self.pixels = Pixels(*self.normalization, remedy=remedy)
+        if options.image_size is not None and _fails(self.network, usual):
+            raise ValueError(
+                f"image_size ({usual}): {name} does not take images of that size: give another "
+                "(many networks take multiples of 32 only), or null for the one it was made for"
+            )
         if options.activation_checkpointing:
             takes_any = not is_fixed and trial_pass.takes(self.network, trial_pass.ANY)
             _checkpoint_blocks(self.network, name, trial_pass.ANY if takes_any else usual)
@@ -129,7 +134,7 @@ class Backbone(nn.Module):
         """Features [B, dim] of `x` [B, 3, H, W]: uint8 in 0 ... 255, or normalised floats.
 
         Raises:
-            ValueError: the network takes images of another size only, or larger ones.
+            ValueError: the network takes images of other sizes only, or larger ones.
         """
         return self._computed(self.network, x)
 
@@ -150,23 +155,38 @@ class Backbone(nn.Module):
         fails on, and a stride with less than two pixels to make one of.
         """
         x = self._normalised(x)
-        side = min(x.shape[2:])
-        if side >= self._enough or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return compute(x)
+        side, starved = min(x.shape[2:]), []
         try:
+            if side >= self._enough:
+                return compute(x)
             with trial_pass.starved_strides(self.network) as starved:
                 result = compute(x)
         except trial_pass.FAILURES:
-            self._refuse_if_too_small(x)
+            self._refuse_if_of_no_size(x)
             raise  # for another reason
         if starved:
-            self._refuse_if_too_small(x)
+            self._refuse_if_of_no_size(x)
         self._enough = side
         return result
 
-    def _refuse_if_too_small(self, x: Tensor) -> None:
-        self.pixels.least = trial_pass.least_side(self.network, self._usual)
-        self.pixels(x)
+    def _refuse_if_of_no_size(self, x: Tensor) -> None:
+        # On paper, where memory that does not suffice, or a broken device, is no reason to fail.
+        paper, usual = trial_pass.on_paper(self.network), self._usual
+        height, width = x.shape[2:]
+        if trial_pass.takes(paper, height, width) or not trial_pass.takes(paper, usual):
+            return
+        side = min(height, width)
+        least = trial_pass.least_side(self.network, usual) if side < usual else None
+        if least is not None and side < least:
+            self.pixels.least = least
+            self.pixels(x)
+        sides = sorted({*trial_pass.sides_near(self.network, side), usual})
+        raise ValueError(
+            f"{self._name} does not take images of {height} x {width} pixels; it takes for "
+            f"example {', '.join(map(str, sides))} pixels a side"
+        )
 
     def _normalised(self, x: Tensor) -> Tensor:
         size = self.image_size
@@ -177,6 +197,11 @@ class Backbone(nn.Module):
                 "(convolutional ones take any size)"
             )
         return self.pixels(x)
+
+
+def _fails(network: nn.Module, side: int) -> bool:
+    """Whether on paper, which is cheap, and then in earnest too."""
+    return trial_pass.fails(trial_pass.on_paper(network), side) and trial_pass.fails(network, side)
 
 
 class Recomputed(nn.Module):
@@ -190,11 +215,11 @@ class Recomputed(nn.Module):
         self.network = block
         network_keys.as_of_network(self)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """What the block makes of `x`."""
+    def forward(self, x: Tensor, *others: Any, **named: Any) -> Any:
+        """What the block makes of `x`, and of what else its network calls it with."""
         if self.training and torch.is_grad_enabled():
-            return checkpointed(self.network, x)
-        return self.network(x)
+            return checkpointed(self.network, x, *others, **named)
+        return self.network(x, *others, **named)
 
 
 def _checkpoint_blocks(network: nn.Module, name: str, side: int) -> None:
@@ -202,7 +227,8 @@ def _checkpoint_blocks(network: nn.Module, name: str, side: int) -> None:
     if len(blocks) < MIN_BLOCKS:
         raise ValueError(
             f"activation_checkpointing (true): {name} has {len(blocks)} blocks that could be "
-            "computed again one by one: give false, or another network"
+            f"computed again one by one (called once, with a tensor first; at least {MIN_BLOCKS} "
+            "are worth it): give false, or another network"
         )
     for path in blocks:
         network.set_submodule(path, Recomputed(network.get_submodule(path)))
@@ -384,7 +410,8 @@ def _from_timm(name: str, pretrained: bool, image_size: int | None) -> _Made:
             f"image_size ({image_size}): {name} has no option for it: give null"
         ) from None
     except AssertionError as error:
-        raise ValueError(f"image_size ({image_size}): {name}: {error}") from None
+        reason = str(error) or "it is not made of images of that size"
+        raise ValueError(f"image_size ({image_size}): {name}: {reason}") from None
     card = network.pretrained_cfg
     normalization = (tuple(card["mean"]), tuple(card["std"]))
     size, is_fixed = image_size or card["input_size"][1], card.get("fixed_input_size", False)

@@ -45,7 +45,9 @@ class Options:
             4.6); null: no such layer, 512k features.
         reversible: compute inputs back in the backward pass, in place of keeping them. Under
             torch.compile the stages then run as they would without, and only what is around them is
-            compiled; with false all is.
+            compiled; with false all is. Batch norm's running statistics move once a step; other
+            state that a layer put into a unit moves in training (spectral norm's vectors) moves
+            twice, and wants false.
     """
 
     widening: int = 4
@@ -258,8 +260,9 @@ class _Reversible(torch.autograd.Function):
         if _state(ctx.units) != ctx.state:
             raise RuntimeError(
                 "a RevNet's units have other parameters in the backward pass than in the forward "
-                "pass, or another mode (train, eval), and would give the gradients of another "
-                "network: leave both alone in between, or give backbone.reversible=false"
+                "pass, another mode (train, eval), or in eval mode other running statistics, and "
+                "would give the gradients of another network: leave them alone in between, or give "
+                "backbone.reversible=false"
             )
         enabled, dtype = ctx.autocast
         of_parameters: list[list[Tensor | None]] = []
@@ -286,10 +289,17 @@ class _Reversible(torch.autograd.Function):
         return (None, of_first, of_second, *flat)
 
 
-def _state(units: list[nn.Module]) -> tuple[list[int], list[bool]]:
-    """Which parameters, and the mode of each module: what a unit is read by again."""
+def _state(units: list[nn.Module]) -> tuple[list[int], list[bool], list[tuple[int, int]]]:
+    """What a unit is computed again with: which parameters, the mode of each module, and buffers.
+
+    Those of modules in eval mode, with how often they were written to: in training mode batch norm
+    moves its running statistics, which it does not read.
+    """
+    modules = [module for unit in units for module in unit.modules()]
     parameters = [id(each) for unit in units for each in unit.parameters()]
-    return parameters, [each.training for unit in units for each in unit.modules()]
+    frozen = [each for module in modules if not module.training for each in module.buffers(False)]
+    buffers = [(id(each), each._version) for each in frozen]
+    return parameters, [each.training for each in modules], buffers
 
 
 def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
