@@ -7,8 +7,9 @@
 Every recipe is run at every width, with and without the last ReLU where its network can be, for
 every seed: a run folder each, in grid.out. A finished run is not run again, an interrupted one goes
 on, and what was measured is not measured again: the same command does all of it, and the table is
-of all runs in grid.out, also those of other commands. Other sections hold for every run; `linear`,
-`knn`, `features` and `evaluate` for the probe.
+of all runs in grid.out, also those of other commands, that were measured with the same settings on
+the same images, however those are written; how many were not is told. Other sections hold for every
+run; `linear`, `knn`, `features` and `evaluate` for the probe.
 
 Exit codes: 0 done, 1 a run failed (the table says which), 2 a mistake, 75 stopped by a signal.
 """
@@ -25,7 +26,17 @@ from typing import Any, Literal
 # imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from fastssl import config, grid_table, k19_table, measuring, probe, starting, stopping, sweeping
+from fastssl import (
+    config,
+    grid_table,
+    k19_table,
+    labelled,
+    measuring,
+    probe,
+    starting,
+    stopping,
+    sweeping,
+)
 from fastssl.config import Recipe, RecipeError
 from fastssl.grid_table import About
 from fastssl.recipe_check import check, make, schema_of_settings
@@ -116,24 +127,31 @@ def run(arguments: Sequence[str]) -> int:
     chance = 1 / measuring.classes(points[0])
     command = _command(options.probe, for_probe, points[0])
     images = _images(points[0])
-    measure = measuring.fingerprint([options.probe, command, images])
+    names = _names(options.probe, for_probe, points[0])
     if images == _BUILT_IN:
         images = "built-in images, with a recipe's demo section where it has one"
     about = About(options.probe, command, images, chance)
-    _refuse_shared_cells(points, grid_table.read(out, measure, say=starting.say))
+    _refuse_shared_cells(points, grid_table.read(out, names, say=starting.say))
     finished = sum(map(sweeping.is_finished, points))
     starting.say(f"grid: {len(points)} runs in {out}, {finished} of them finished")
+    asked = {point.name for point in points}
+    if others := [each for each in grid_table.otherwise(out, names) if each not in asked]:
+        starting.say(
+            f"grid: of the runs in {out}, {len(others)} measured otherwise (other images, or other "
+            "settings of the probe) and not in this table: "
+            f"{', '.join(others[:5])}{' ...' if others[5:] else ''}"
+        )
     runner, failed, table = Runner(), {}, ""
     with runner.listening():
         for number, point in enumerate(points, start=1):
-            why = _run(point, f"{number} of {len(points)}", runner, options, about, measure)
+            why = _run(point, f"{number} of {len(points)}", runner, options, about, names)
             if runner.stopped:
                 starting.say("grid: stopped; the same command goes on from there")
                 return stopping.STOPPED
             if why is not None:
                 starting.say(f"grid: failed: {point.name}: {why}")
                 failed[point.name] = why
-            table = grid_table.write(out, grid_table.read(out, measure), about, failed)
+            table = grid_table.write(out, grid_table.read(out, names), about, failed)
     starting.say(f"\n{table}\ngrid: table.md, table.json in {out}")
     return int(bool(failed))
 
@@ -212,7 +230,12 @@ def _wish(path: str, overrides: Sequence[str], recipe: Recipe, given: dict[str, 
 
 
 def _run(
-    point: Point, place: str, runner: Runner, options: Options, about: About, measure: str
+    point: Point,
+    place: str,
+    runner: Runner,
+    options: Options,
+    about: About,
+    names: tuple[str, str],
 ) -> str | None:
     """Trains the point if it must be, and measures it if it must be; why that failed."""
     if not sweeping.is_finished(point):
@@ -220,7 +243,7 @@ def _run(
         code, reason = sweeping.train(point, runner, processes=options.processes)
         if code or not sweeping.is_finished(point):
             return f"train.py ended with {code}: {reason}"
-    if grid_table.known(point.folder, measure) is not None:
+    if grid_table.known(point.folder, names) is not None:
         return None
     starting.say(f"grid: {about.probe} {place}: {point.name}")
     accuracy, reason = measuring.accuracy(
@@ -228,7 +251,7 @@ def _run(
     )
     if accuracy is None:
         return reason
-    grid_table.keep(point.folder, measure, accuracy, about)
+    grid_table.keep(point.folder, names[0], accuracy, about)
     return None
 
 
@@ -281,11 +304,29 @@ def _command(what: str, for_probe: Sequence[str], point: Point) -> tuple[str, ..
     return ("features.stages=[last]", *for_probe, *measuring.data_arguments(point))
 
 
-def _images(point: Point) -> str:
+def _names(what: str, for_probe: Sequence[str], point: Point) -> tuple[str, str]:
+    """Of the measurement: by its settings, however they are written; and of earlier versions."""
+    command = _command(what, for_probe, point)
+    made = measuring.check_arguments([each for each in command if not each.startswith("data.")])
+    settings = {section: made[section] for section in (what, "features", "evaluate")}
+    images = [point.recipe.data.use, _images(point)]
+    before = [what, command, _images(point, as_given=True)]
+    return measuring.fingerprint([what, settings, images]), measuring.fingerprint(before)
+
+
+def _images(point: Point, *, as_given: bool = False) -> str:
     if point.recipe.demo:
         return _BUILT_IN
-    root = probe.folder_of(point.recipe.probe, point.recipe.data.options)
-    return f"trained on {point.recipe.data.options.root}, probed on {root}"
+    root = point.recipe.data.options.root
+    around = str(probe.folder_of(point.recipe.probe, point.recipe.data.options))
+    if not as_given:
+        root, around = map(_without_slash, (root, around))
+    return f"trained on {root}, probed on {around}"
+
+
+def _without_slash(root: str) -> str:
+    """A root without what says nothing: the slash at its end, ./ before it."""
+    return root.rstrip("/") if labelled.is_url(root) else str(Path(root))
 
 
 def _keys(recipe: Recipe) -> set[str]:

@@ -43,19 +43,20 @@ class About:
 
 
 def known(
-    folder: Path, measure: str, *, say: Callable[[str], None] = starting.silent
+    folder: Path, names: Sequence[str], *, say: Callable[[str], None] = starting.silent
 ) -> float | None:
     """The accuracy that was measured on the weights which the run folder holds now.
 
     Args:
         folder: of a finished run.
-        measure: the measurement's name, `measuring.fingerprint` of all that it depends on.
+        names: the measurement's, `measuring.fingerprint` of all that it depends on; the first that
+            is there is taken.
         say: told of a file that can't be read, which counts as not measured.
     """
     if not (folder / "backbone.json").exists():
         return None
     found = _kept(folder)
-    entry = None if found is None else found.get(measure)
+    entry = next((found[name] for name in names if name in found), None) if found else None
     if found is None or (entry is not None and not _is_whole(entry)):
         say(f"grid: warning: {folder / _FILE} can't be read: not measured, as far as is known")
         return None
@@ -64,10 +65,16 @@ def known(
     return entry["accuracy"]
 
 
-def keep(folder: Path, measure: str, accuracy: float, about: About) -> None:
+def otherwise(out: Path, names: Sequence[str]) -> list[str]:
+    """The folders in `out` whose weights were measured, but under none of these names."""
+    folders = [path.parent for path in sorted(out.glob(f"*/{_FILE}"))]
+    return [each.name for each in folders if _has_any(each) and known(each, names) is None]
+
+
+def keep(folder: Path, name: str, accuracy: float, about: About) -> None:
     """Adds a measurement to the run folder's."""
     before = _kept(folder) or {}
-    before[measure] = {
+    before[name] = {
         "accuracy": accuracy,
         "probe": about.probe,
         "arguments": about.arguments,
@@ -77,15 +84,17 @@ def keep(folder: Path, measure: str, accuracy: float, about: About) -> None:
         file.write(json.dumps(before, indent=1).encode())
 
 
-def read(out: Path, measure: str, *, say: Callable[[str], None] = starting.silent) -> list[Run]:
-    """All runs in the folder `out` on which `measure` was measured.
+def read(
+    out: Path, names: Sequence[str], *, say: Callable[[str], None] = starting.silent
+) -> list[Run]:
+    """All runs in the folder `out` that were measured under one of the `names`.
 
     `say` is told which are left out, for want of a file that can be read.
     """
     runs = []
     for path in sorted(out.glob(f"*/{_FILE}")):
         folder = path.parent
-        accuracy = known(folder, measure, say=say)
+        accuracy = known(folder, names, say=say)
         if accuracy is None:
             continue
         try:
@@ -200,6 +209,15 @@ def _kept(folder: Path) -> dict[str, Any] | None:
     except (ValueError, RecursionError):  # torn, or not UTF-8
         return None
     return found if isinstance(found, dict) else None
+
+
+def _has_any(folder: Path) -> bool:
+    """Whether the weights that the run folder holds now were measured, under whatever name."""
+    if not (folder / "backbone.json").exists():
+        return False
+    now = measuring.weights(folder)
+    every = (_kept(folder) or {}).values()
+    return any(_is_whole(entry) and entry["weights"] == now for entry in every)
 
 
 def _is_whole(entry: Any) -> bool:

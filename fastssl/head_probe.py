@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from fastssl import distributed, loader, order
+from fastssl import distributed, loader, order, stopping
 from fastssl.config import Part
 from fastssl.labelled import Split
 
@@ -54,12 +54,27 @@ class HeadProbe:
         self._val, self._graph, self._batch = val, graph, batch
         self._loading, self._say = loading, say
 
+    @property
+    def images(self) -> int:
+        """That are read each time, over all processes."""
+        return len(self._val.rows)
+
     @torch.no_grad()
-    def accuracies(self, objective: Any, accelerator: Accelerator) -> tuple[float, float]:
+    def accuracies(
+        self, objective: Any, accelerator: Accelerator, stop: Callable[[], bool] = lambda: False
+    ) -> tuple[float, float]:
         """The part of val whose class has the highest score, and is among the five highest.
 
         Every image counts once over all processes, which all get the same answer; one that can't be
         decoded counts for nothing. The objective is left in training mode if it was.
+
+        Args:
+            objective: whose head is asked.
+            accelerator: of this process.
+            stop: whether to give up, asked before each batch; the same on every process.
+
+        Raises:
+            stopping.Stopped: it was given up.
         """
         distributed.copy_from_first(objective.buffers())  # batch norm saw other images on each rank
         was_training = objective.training
@@ -82,6 +97,9 @@ class HeadProbe:
         labels = torch.from_numpy(self._labels).to(accelerator.device)
         counted = torch.zeros(3, dtype=torch.int64, device=accelerator.device)
         for step in range(len(plan)):
+            if stop():
+                objective.train(was_training)
+                raise stopping.Stopped
             tensors = next(batches)
             if "image" not in tensors:
                 raise ValueError(

@@ -8,11 +8,11 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from fastssl import demo, features, journal, labelled, probe, starting
+from fastssl import demo, features, journal, labelled, probe, starting, sweeping
 from fastssl.config import RecipeError
 from fastssl.evaluations import knn
 from fastssl.linear import protocols
@@ -38,32 +38,39 @@ SECTIONS = {
 }
 
 
-def check_arguments(arguments: Sequence[str]) -> None:
+def check_arguments(arguments: Sequence[str]) -> dict[str, dict[str, Any]]:
     """What is to be passed on must be right, though it is used only after hours of training.
+
+    Returns:
+        Section -> key -> value, of all SECTIONS and all their keys, with the defaults.
 
     Raises:
         RecipeError: all mistakes, one a line.
     """
     errors: list[str] = []
+    made: dict[str, Any] = {}
     entries = read_overrides(arguments, SECTIONS, errors)
     for section, options in SECTIONS.items():
         schema = schema_of_settings(section, options)
         values = check(entries[section], schema, errors)
-        make("command line", section, schema, entries[section], values, errors)
+        made[section] = make("command line", section, schema, entries[section], values, errors)
     if errors:
         raise RecipeError("\n".join(errors))
+    return {section: asdict(options) for section, options in made.items()}
 
 
 def classes(point: Point) -> int:
     """How many classes a probe of the point tells apart; renders the built-in images for a demo.
 
     Raises:
-        RecipeError: there is nothing to probe on.
+        RecipeError: there is nothing to probe on, or nothing to train on where that is still to do.
     """
     recipe = point.recipe
     if recipe.demo:
         demo.render(say=starting.say)
     root = probe.folder_of(recipe.probe, recipe.data.options)
+    if root is None or not sweeping.is_finished(point):
+        _refuse_absent(recipe.path, "data.root", recipe.data.options.root)
     if root is None:
         raise RecipeError(
             f"{recipe.path}: accuracies are to be compared: give probe.root, a folder with "
@@ -71,8 +78,24 @@ def classes(point: Point) -> int:
         )
     # Of training's images a subset may be asked for: it is not the probe's.
     data = replace(labelled.whole(recipe.data.options, str(root)), limit=None)
-    _, _, found = labelled.splits(recipe.data.module, data, cache=demo.cache(), say=starting.silent)
+    if recipe.probe.root is None:
+        where = str(recipe.path)
+    else:
+        where = f"{recipe.path}: probe.root ({root})"
+        _refuse_absent(recipe.path, "probe.root", root)
+    try:
+        _, _, found = labelled.splits(
+            recipe.data.module, data, cache=demo.cache(), say=starting.silent
+        )
+    except ValueError as error:
+        what = str(error).removeprefix("data.root: ")  # of the reader, which knows no other key
+        raise RecipeError(f"{where}: {what}") from error
     return len(found)
+
+
+def _refuse_absent(recipe: str | Path, key: str, root: str) -> None:
+    if not labelled.is_url(root) and not Path(root).expanduser().exists():
+        raise RecipeError(f"{recipe}: {key}: there is no {root}")
 
 
 def data_arguments(point: Point) -> list[str]:

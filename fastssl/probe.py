@@ -97,7 +97,8 @@ class Knn:
             all_of = replace(labelled.whole(data, str(root)), limit=None)
             train, val, classes = labelled.splits(reader, all_of, cache=cache, say=say)
         except ValueError as error:
-            raise ValueError(f"probe.root ({root}): {error}") from error
+            what = str(error).removeprefix("data.root: ")  # of the reader, which knows no other key
+            raise ValueError(f"probe.root ({root}): {what}") from error
         if len(train.rows) > options.images:
             some = np.linspace(0, len(train.rows) - 1, options.images).astype(np.int64)
             train = replace(train, rows=train.rows[some], labels=train.labels[some])

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a wish that a training loop looks at after each step."""
+"""SIGINT and SIGTERM as a wish, which a run looks at after each step and a probe's each batch."""
 
 import contextlib
 import signal
@@ -8,6 +8,10 @@ import torch
 import torch.distributed as dist
 
 STOPPED = 75  # EX_TEMPFAIL, the exit code after a signal and a checkpoint: try again
+
+
+class Stopped(Exception):
+    """A signal has asked to stop: what was begun is given up, on all processes at one place."""
 
 
 class Stop:

@@ -137,6 +137,7 @@ def test_a_second_time_nothing_is_read_again_and_fewer_stages_are_found_in_all(d
         {"trained": replace(tiny(), use="fastssl.backbones.resnet")},
         {"trained": replace(tiny(), options={"width": 8, "name": "timm:none"})},
         {"graph": Part(SMALL.use, evaluation, evaluation.Options(resize=37, crop=32))},
+        {"graph": Part(SMALL.use, evaluation, replace(SMALL.options, interpolation="bicubic"))},
         {"graph": Part("pipelines.random_crop", random_crop, SMALL.options)},
         {"loading": Loading(threads=1, decoder="cpu")},
         {"dtype": "float16"},
@@ -144,8 +145,8 @@ def test_a_second_time_nothing_is_read_again_and_fewer_stages_are_found_in_all(d
         {"size": 8},
     ],
     ids=[
-        *("weights", "standardize", "backbone", "backbone's options", "graph", "another graph"),
-        *("decoder", "dtype", "pool", "size"),
+        *("weights", "standardize", "backbone", "backbone's options", "graph"),
+        *("interpolation", "another graph", "decoder", "dtype", "pool", "size"),
     ],
 )
 def test_what_changes_the_values_changes_the_folder(data, tmp_path, changed):

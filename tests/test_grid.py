@@ -6,7 +6,6 @@ import random
 import shutil
 import signal
 import threading
-import time
 from pathlib import Path
 from typing import ClassVar
 
@@ -407,6 +406,68 @@ def test_what_is_finished_is_not_run_again_and_what_was_measured_not_measured_ag
     assert [each.partition(" ")[0] for each in Here.asked] == ["linear"] * 3
 
 
+def test_a_measurement_is_known_however_its_settings_are_written(here, tmp_path, demo_images):
+    images = [f"data.root={demo_images / 'train'}", "grid.widenings=[1]"]
+    asked = ["linear.l2=0.01", "features.batch=64", f"probe.root={demo_images}"]
+    assert here(ONE, tmp_path, *images, *asked) == 0
+    assert Here.asked
+    Here.passed = "memory_gb=2.0"
+    alike = [
+        "features.batch=64",
+        "linear.updates=800",
+        f"probe.root={demo_images}/",
+        "linear.l2=1.0e-2",
+    ]
+    assert here(ONE, tmp_path, *images, *alike) == 0
+
+    assert Here.asked == []
+    assert table_of(tmp_path)["RevNet50"]["Rotation 1x"] == "50.0"
+    (tmp_path / "root").symlink_to(demo_images)
+    assert here(ONE, tmp_path, *images, *asked[:2], f"probe.root={tmp_path / 'root'}") == 0
+    assert Here.asked  # for all that is known, other images
+
+
+def test_runs_that_were_measured_otherwise_are_told_and_not_in_the_table(here, tmp_path, capsys):
+    here(ONE, tmp_path, "grid.widenings=[1]")
+    assert "otherwise" not in capsys.readouterr().out
+    here(ROTATION[1:], tmp_path, "grid.widenings=[1]")
+    assert "otherwise" not in capsys.readouterr().out
+    Here.passed = "memory_gb=3"
+    here(ROTATION[1:], tmp_path, "grid.widenings=[1]")
+
+    (line,) = [each for each in capsys.readouterr().out.splitlines() if "otherwise" in each]
+    assert f"of the runs in {tmp_path}, 1 measured otherwise" in line
+    assert line.endswith(f"not in this table: {FOLDER}")
+    assert table_of(tmp_path)["RevNet50"]["Rotation 1x"] == ""
+
+
+@pytest.mark.parametrize(
+    ("key", "given"), [("data.root", []), ("data.root", ["probe.root=IMAGES"]), ("probe.root", [])]
+)
+def test_a_folder_that_is_not_there_is_named_by_its_own_key(
+    tmp_path, capsys, demo_images, key, given
+):
+    words = [each.replace("IMAGES", str(demo_images)) for each in given]
+    if key == "probe.root":
+        words.append(f"data.root={demo_images / 'train'}")
+    path = f"{REVISITING}/rotation_revnet50.yaml"
+    line = [path, f"{key}={tmp_path / 'imagnet'}", *words, f"grid.out={tmp_path / 'out'}"]
+
+    assert grid.main(line) == 2
+    said = capsys.readouterr().err
+    assert said == f"error: {path}: {key}: there is no {tmp_path / 'imagnet'}\n"
+
+
+def test_a_split_that_is_not_there_is_told_of_probe_root(tmp_path, capsys, demo_images):
+    (tmp_path / "probed").mkdir()
+    path = f"{REVISITING}/rotation_revnet50.yaml"
+    roots = [f"data.root={demo_images / 'train'}", f"probe.root={tmp_path / 'probed'}"]
+
+    assert grid.main([path, *roots, f"grid.out={tmp_path / 'out'}"]) == 2
+    said = capsys.readouterr().err
+    assert f"{path}: probe.root ({tmp_path / 'probed'}): there is no folder" in said
+
+
 def test_commands_with_one_folder_make_one_table(here, tmp_path):
     here(ROTATION, tmp_path, "grid.widenings=[1]")
     here(JIGSAW, tmp_path, "grid.widenings=[1]")
@@ -588,8 +649,12 @@ def test_measurements_of_earlier_versions_are_known(here, tmp_path):
     images = "built-in images, settings of the recipes' demo sections"
     arguments = ["features.stages=[last]", "linear.memory_gb=2"]
 
-    name = measuring.fingerprint(["linear", arguments, images])
-    assert list(json.loads((tmp_path / FOLDER / "grid.json").read_text())) == [name]
+    kept = tmp_path / FOLDER / "grid.json"
+    (found,) = json.loads(kept.read_text()).values()
+    kept.write_text(json.dumps({measuring.fingerprint(["linear", arguments, images]): found}))
+    here(ONE, tmp_path, "grid.widenings=[1]")
+    assert Here.asked == []
+    assert table_of(tmp_path)["RevNet50"]["Rotation 1x"] == "50.0"
     told = ["linear", ["features.stages=[last]", "linear.l2=0.001", "linear.updates=60"], images]
     assert measuring.fingerprint(told) == "05eff3392d0bab23"
 
@@ -637,6 +702,7 @@ def test_without_an_order_there_is_no_rank_correlation(tmp_path):
 
 
 SMALL = [
+    "data.use=tests.slow_reader",
     *("data.limit=16", "pipeline.image_size=24", "pipeline.patches_crop=36", "pipeline.patch=8"),
     *("evaluation.resize=24", "evaluation.crop=24", "objective.negatives=8", "optim.lr_batch=8"),
     *("train.batch=8", "train.epochs=20", "train.log_steps=1", "probe.every_epochs=0"),
@@ -648,19 +714,28 @@ def test_a_signal_stops_the_grid_with_75_and_the_same_command_goes_on(
 ):
     del demo_images  # rendered
     monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    monkeypatch.setenv("SLOW_RANK", "0")  # 40 steps take 6 s: time for a signal
     out = tmp_path / "out"
     log = out / "small,seed=0" / "metrics.jsonl"
     probe = ["linear.updates=3", "features.batch=256", f"features.cache={tmp_path / 'features'}"]
     line = [str(recipe), *SMALL, *probe, f"grid.out={out}"]
 
+    ended = threading.Event()
+
     def stop_in_training():
-        deadline = time.monotonic() + 300
-        while not (log.exists() and log.stat().st_size) and time.monotonic() < deadline:
-            time.sleep(0.02)
+        while not (log.exists() and log.stat().st_size):
+            if ended.wait(0.02):
+                return  # nobody is there to take the signal
         os.kill(os.getpid(), signal.SIGTERM)
 
-    threading.Thread(target=stop_in_training).start()
-    stopped = grid.main(line)
+    stopper = threading.Thread(target=stop_in_training)
+    stopper.start()
+    try:
+        stopped = grid.main(line)
+    finally:
+        ended.set()
+        stopper.join()
+    monkeypatch.setenv("SLOW_RANK", "-1")
     steps = json.loads(log.read_text().splitlines()[-1])["step"]
     code = grid.main(line)
 

@@ -103,7 +103,7 @@ def test_a_neighbour_that_can_t_be_decoded_lets_none_vote_twice(data):
     few_images.damage(files[12])
     made = make(data, neighbours=(1,))
     features, labels, counted = made._features(
-        made._train, tiny().eval(), Accelerator(cpu=True), is_shared=True
+        made._train, tiny().eval(), Accelerator(cpu=True), lambda: False, is_shared=True
     )
 
     assert len(features) == len(torch.unique(features, dim=0)) == 19
@@ -201,7 +201,7 @@ def test_patches_are_standardised_as_the_objective_does_it(data, how):
 
 
 def test_folders_that_do_not_fit_are_named(data, tmp_path):
-    with pytest.raises(ValueError, match=r"probe.root \(.*nowhere\): .*no folder"):
+    with pytest.raises(ValueError, match=r"probe.root \(.*nowhere\): there is no folder"):
         make(tmp_path / "nowhere")
     stranger = data / "val" / "stranger"
     stranger.mkdir()
