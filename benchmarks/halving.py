@@ -79,18 +79,20 @@ def halve(
         measure: gives one a turn of so many seconds; raises Failed.
         keep: how many are to be left.
         seconds: of a turn in the first round.
-        until: no turn begins later, by `clock`; who had none in a round counts by the one before.
+        until: no turn begins later, by `clock`, but for the first `keep`: what has taken longer
+            than was thought is no reason to compare nothing. Who had none in a round counts by the
+            one before.
         draw: for the order, anew in each round.
         clock: seconds.
     """
     left = list(tried)
     rounds: list[dict[Candidate, Turn | str]] = []
     latest: dict[Candidate, float] = {}
-    while left and clock() < until and (len(left) > keep or not rounds):
+    while left and (not rounds or (clock() < until and len(left) > keep)):
         draw.shuffle(left)
         rounds.append({})
         for candidate in left:
-            if clock() >= until:
+            if clock() >= until and (len(rounds) > 1 or len(rounds[0]) >= keep):
                 break
             try:
                 turn = measure(candidate, seconds)

@@ -60,7 +60,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(given: argparse.Namespace) -> int:
     """Searches, prints table and block, writes what was asked for; returns the exit code."""
-    began = time.perf_counter()
     if given.minutes <= 0:
         raise ValueError(f"--minutes ({given.minutes}) must be above 0")
     seconds = 60 * (min(QUICK_MINUTES, given.minutes) if given.quick else given.minutes)
@@ -68,6 +67,7 @@ def main(given: argparse.Namespace) -> int:
         if path is not None and not path.absolute().parent.is_dir():
             raise ValueError(f"{path}: there is no folder {path.absolute().parent}: make it")
     recipe = config.load(given.recipe, given.overrides)
+    began = time.perf_counter()  # what it imports is no measuring
     images = Images(recipe, until=began + READING * seconds)
     present = replace(recipe.loader, threads=recipe.loader.threads or given.threads)
     most = recipe.train.batch // recipe.train.accumulate

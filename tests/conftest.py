@@ -14,6 +14,7 @@ os.environ.update(ENVIRONMENT)
 
 import numpy as np
 import pytest
+import torch
 from nvidia.dali import fn
 from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.types import DALIDataType
@@ -25,6 +26,17 @@ from pipelines.images import Encoded
 # A shell script's background jobs, as .ci/run's, ignore Ctrl-C, and so would all that tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _seeded_module() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _seeded(_seeded_module: None) -> None:
+    """Random weights and images are a test's own, whichever tests a process ran before."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

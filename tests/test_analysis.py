@@ -177,7 +177,8 @@ def test_attention_of_a_constant_map_is_flat_and_sums_powers_over_channels():
 
 
 def test_maps_of_patches_lie_where_the_patches_were_cut():
-    image = torch.randint(0, 256, (1, 3, 48, 48), dtype=torch.uint8)
+    draw = torch.Generator().manual_seed(0)
+    image = torch.randint(0, 256, (1, 3, 48, 48), dtype=torch.uint8, generator=draw)
     cells = [
         image[..., 16 * r : 16 * r + 16, 16 * c : 16 * c + 16] for r in (0, 1, 2) for c in (0, 1, 2)
     ]
@@ -188,7 +189,9 @@ def test_maps_of_patches_lie_where_the_patches_were_cut():
     _, of_cell = attention.maps(backbone, {"image": cells[5]}, "global")
     assert (whole[0] == image[0].permute(1, 2, 0).numpy()).all()
     assert maps["first"].shape == (3, 1, 21, 21)
-    np.testing.assert_allclose(maps["first"][:, :, 7:14, 14:], of_cell["first"], rtol=1e-5)
+    for there, alone in zip(maps["first"][:, :, 7:14, 14:], of_cell["first"], strict=True):
+        # nine at a time may be summed in another order; near 0 that is a larger share
+        np.testing.assert_allclose(there, alone, rtol=1e-4, atol=1e-5 * alone.max())
 
 
 def test_a_network_without_maps_is_refused():

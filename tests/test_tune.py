@@ -102,6 +102,14 @@ def test_no_turn_begins_after_the_time_and_the_measured_ones_count():
     assert search.best == sorted(name for name, _ in contenders.turns)[:3]
 
 
+def test_a_machine_too_slow_for_the_time_still_compares_a_few():
+    contenders = Work({name: 10 + number for number, name in enumerate("abcdefgh")})
+    search = contenders.halve(until=-1.0)
+
+    assert len(contenders.turns) == 3
+    assert search.best == sorted(name for name, _ in contenders.turns)
+
+
 def test_as_many_are_tried_as_the_time_allows():
     plan = {"keep": 3, "overhead": 0.5, "least": 0.5}
 
