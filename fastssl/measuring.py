@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -77,7 +77,7 @@ def classes(point: Point) -> int:
             "train/<class>/ and val/<class>/"
         )
     # Of training's images a subset may be asked for: it is not the probe's.
-    data = replace(labelled.whole(recipe.data.options, str(root)), limit=None)
+    data = labelled.whole(recipe.data.options, str(root))
     if recipe.probe.root is None:
         where = str(recipe.path)
     else:

@@ -94,7 +94,7 @@ class Knn:
         self._options, self._loading, self._say = options, loading, say
         try:
             # Of training's images a subset may be asked for: it is not the probe's.
-            all_of = replace(labelled.whole(data, str(root)), limit=None)
+            all_of = labelled.whole(data, str(root))
             train, val, classes = labelled.splits(reader, all_of, cache=cache, say=say)
         except ValueError as error:
             what = str(error).removeprefix("data.root: ")  # of the reader, which knows no other key

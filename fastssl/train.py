@@ -670,7 +670,7 @@ def _head_probe(
     say: Callable[[str], None],
 ) -> HeadProbe:
     """Of an objective that learns classes, on the val split of `folder`."""
-    data = replace(labelled.whole(recipe.data.options, str(folder)), limit=None)
+    data = labelled.whole(recipe.data.options, str(folder))
     _, val, _ = labelled.splits(recipe.data.module, data, cache=demo.cache(), say=say)
     return HeadProbe(
         val, classes, recipe.evaluation, batch=recipe.probe.batch, loading=loading, say=say
